@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3, freethreading_compatible=True
+"""Keys wrapped by keys: XAES-256-GCM (C2SP, XAES-256-GCM.md), one at a time and in packed batches.
+
+Invariant: the wrapping key is touched only as raw AES blocks on its slot in secret memory; what reaches
+an OpenSSL context is the subkey of one batch, and keys go from slot to slot.
+
+A batch draws the first 12 nonce bytes once, so that one subkey serves it, and a random start from which
+the last 12 count: every wrapped key is a valid XAES-256-GCM ciphertext with a nonce of its own, and two
+batches share a subkey with probability 2**-96.
+"""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.stdint cimport uint8_t
+from libc.string cimport memcmp, memcpy, memset
+
+from .gcm cimport (
+    gcm_more_aad, gcm_new, gcm_open_end, gcm_open_part, gcm_open_start, gcm_seal_end, gcm_seal_part,
+    gcm_seal_start,
+)
+from .openssl cimport *
+from .secret cimport *
+
+cdef enum:
+    HALF = 12                       # the XAES nonce's part that picks the subkey, and the GCM nonce's size
+
+
+cdef int xaes_subkey(const uint8_t *schedule, const uint8_t *nonce, uint8_t *subkey) noexcept nogil:
+    """Derive Kx = AES_K(M1 ^ K1) || AES_K(M2 ^ K1) from a schedule with its mask and nonce[:12]."""
+    cdef uint8_t block[16]
+    cdef int part, at, done = 1
+    for part in range(2):
+        block[0] = 0
+        block[1] = <uint8_t>(part + 1)
+        block[2] = 0x58             # "X"
+        block[3] = 0
+        memcpy(block + 4, nonce, HALF)
+        for at in range(16):
+            block[at] ^= schedule[OKC_SCHEDULE_BYTES + at]
+        done &= okc_aes256_block(schedule, block, subkey + 16 * part)
+    OPENSSL_cleanse(block, 16)
+    return done
+
+
+cdef int xaes_start(EVP_CIPHER_CTX *context, bint encrypt, const uint8_t *schedule,
+                    const uint8_t *nonce) noexcept nogil:
+    """Key a context with the subkey of nonce[:12] and set nonce[12:]."""
+    cdef uint8_t subkey[KEY]
+    cdef int status = -1
+    if xaes_subkey(schedule, nonce, subkey):
+        if encrypt:
+            status = gcm_seal_start(context, subkey, nonce + HALF, NULL, 0)
+        else:
+            status = gcm_open_start(context, subkey, nonce + HALF, NULL, 0)
+    OPENSSL_cleanse(subkey, KEY)
+    return status
+
+
+cdef int wrap_next(EVP_CIPHER_CTX *context, const uint8_t *nonce, const uint8_t *aad, int aad_size,
+                   const uint8_t *key_id, int id_size, const uint8_t *key, uint8_t *output) noexcept nogil:
+    """One wrapped key under the context's subkey: nonce || ciphertext || tag."""
+    memcpy(output, nonce, XAES_NONCE)
+    if (gcm_seal_start(context, NULL, nonce + HALF, aad, aad_size) != 1
+            or gcm_more_aad(context, True, key_id, id_size) != 1
+            or gcm_seal_part(context, output + XAES_NONCE, key, KEY) != 1):
+        return -1
+    return gcm_seal_end(context, output + XAES_NONCE + KEY)
+
+
+cdef void count_up(uint8_t *counter) noexcept nogil:
+    cdef int at
+    for at in range(HALF - 1, -1, -1):
+        counter[at] = <uint8_t>(counter[at] + 1)
+        if counter[at]:
+            return
+
+
+cdef int wrap_run(const uint8_t *schedule, const uint8_t *keys, Py_ssize_t count, const uint8_t *aad,
+                  int aad_size, const uint8_t *ids, int id_size, uint8_t *output) noexcept nogil:
+    cdef uint8_t nonce[XAES_NONCE]
+    cdef EVP_CIPHER_CTX *context = gcm_new(True)
+    cdef int status = -1
+    cdef Py_ssize_t at
+    if context == NULL:
+        return -1
+    if RAND_bytes(nonce, XAES_NONCE) == 1 and xaes_start(context, True, schedule, nonce) == 1:
+        status = 1
+        for at in range(count):
+            status = wrap_next(context, nonce, aad, aad_size, ids + at * id_size, id_size,
+                               keys + at * KEY, output + at * WRAPPED)
+            if status != 1:
+                break
+            count_up(nonce + HALF)
+    EVP_CIPHER_CTX_free(context)
+    return status
+
+
+cdef Py_ssize_t unwrap_run(const uint8_t *schedule, const uint8_t *wrapped, Py_ssize_t count, const uint8_t *aad,
+                           int aad_size, const uint8_t *ids, int id_size, uint8_t *keys,
+                           uint8_t *failed) noexcept nogil:
+    """Open ``count`` wrapped keys; marks those that do not verify. Returns how many did not, or -1."""
+    cdef EVP_CIPHER_CTX *context = gcm_new(False)
+    cdef const uint8_t *blob = wrapped
+    cdef const uint8_t *keyed = NULL
+    cdef Py_ssize_t at, bad = 0
+    cdef int status = 1
+    if context == NULL:
+        return -1
+    for at in range(count):
+        blob = wrapped + at * WRAPPED
+        # Keys wrapped in one batch share a subkey; only a change of it costs a derivation and a key set-up.
+        if keyed == NULL or memcmp(keyed, blob, HALF) != 0:
+            if xaes_start(context, False, schedule, blob) != 1:
+                status = -1
+                break
+            keyed = blob
+        if (gcm_open_start(context, NULL, blob + HALF, aad, aad_size) != 1
+                or gcm_more_aad(context, False, ids + at * id_size, id_size) != 1
+                or gcm_open_part(context, keys + at * KEY, blob + XAES_NONCE, KEY) != 1):
+            status = -1
+            break
+        status = gcm_open_end(context, blob + XAES_NONCE + KEY)
+        if status < 0:
+            break
+        failed[at] = 0 if status else 1
+        if not status:
+            bad += 1
+            # A place that did not open holds a key nobody knows, so that using it by mistake fails too.
+            if RAND_priv_bytes(keys + at * KEY, KEY) != 1:
+                status = -1
+                break
+    EVP_CIPHER_CTX_free(context)
+    return -1 if status < 0 else bad
+
+
+cdef int check_ids(Py_ssize_t count, bytes ids) except -1:
+    if PyBytes_GET_SIZE(ids) and PyBytes_GET_SIZE(ids) != count * KEY_ID:
+        raise invalid_error()("ids have 16 bytes for each key, or are left out")
+    return 0
+
+
+def wrap_many(WrappingKey parent not None, SecretKeys keys not None, bytes aad not None, bytes ids not None=b""):
+    """Wrap data keys: n x 72 bytes. The associated data of key i is ``aad`` followed by its id, if ids are given."""
+    check_ids(keys.count, ids)
+    cdef bytes output = PyBytes_FromStringAndSize(NULL, keys.count * WRAPPED)
+    cdef uint8_t *target = <uint8_t *>PyBytes_AS_STRING(output)
+    cdef const uint8_t *bound = <const uint8_t *>PyBytes_AS_STRING(aad)
+    cdef const uint8_t *names = <const uint8_t *>PyBytes_AS_STRING(ids)
+    cdef int aad_size = <int>PyBytes_GET_SIZE(aad)
+    cdef int id_size = KEY_ID if PyBytes_GET_SIZE(ids) else 0
+    cdef uint8_t *schedule = parent.enter()
+    cdef uint8_t *data
+    cdef int status
+    try:
+        data = keys.enter()
+        with nogil:
+            status = wrap_run(schedule, data, keys.count, bound, aad_size, names, id_size, target)
+        keys.leave()
+    finally:
+        parent.leave()
+    if status != 1:
+        raise internal_error()("OpenSSL could not wrap the keys")
+    return output
+
+
+cdef Py_ssize_t unwrap_into(WrappingKey parent, bytes wrapped, bytes aad, bytes ids, SecretKeys keys,
+                            bytearray failed) except -1:
+    cdef const uint8_t *source = <const uint8_t *>PyBytes_AS_STRING(wrapped)
+    cdef const uint8_t *bound = <const uint8_t *>PyBytes_AS_STRING(aad)
+    cdef const uint8_t *names = <const uint8_t *>PyBytes_AS_STRING(ids)
+    cdef uint8_t[::1] marks = failed
+    cdef int aad_size = <int>PyBytes_GET_SIZE(aad)
+    cdef int id_size = KEY_ID if PyBytes_GET_SIZE(ids) else 0
+    cdef uint8_t *schedule = parent.enter()
+    cdef uint8_t *data
+    cdef Py_ssize_t bad
+    try:
+        data = keys.enter()
+        with nogil:
+            bad = unwrap_run(schedule, source, keys.count, bound, aad_size, names, id_size, data, &marks[0])
+        keys.leave()
+    finally:
+        parent.leave()
+    if bad < 0:
+        keys.wipe()
+        raise internal_error()("OpenSSL could not unwrap the keys")
+    return bad
+
+
+cdef SecretKeys keys_for(bytes wrapped, bytes ids):
+    if PyBytes_GET_SIZE(wrapped) == 0 or PyBytes_GET_SIZE(wrapped) % WRAPPED:
+        raise invalid_error()("wrapped keys have 72 bytes each")
+    check_ids(PyBytes_GET_SIZE(wrapped) // WRAPPED, ids)
+    return new_keys(PyBytes_GET_SIZE(wrapped) // WRAPPED)
+
+
+cdef list marked(bytearray failed):
+    return [at for at, mark in enumerate(failed) if mark]
+
+
+def unwrap_many(WrappingKey parent not None, bytes wrapped not None, bytes aad not None, bytes ids not None=b""):
+    """Open wrapped data keys; returns the keys and the positions that did not verify."""
+    cdef SecretKeys keys = keys_for(wrapped, ids)
+    cdef bytearray failed = bytearray(keys.count)
+    return keys, (marked(failed) if unwrap_into(parent, wrapped, aad, ids, keys, failed) else [])
+
+
+def rewrap_many(WrappingKey old not None, WrappingKey new not None, bytes wrapped not None, bytes old_aad not None,
+                bytes new_aad not None, bytes ids not None=b""):
+    """Move wrapped data keys from one wrapping key to another; positions that did not verify come out as zeros."""
+    cdef SecretKeys keys
+    cdef bytes output
+    keys, failed = unwrap_many(old, wrapped, old_aad, ids)
+    output = wrap_many(new, keys, new_aad, ids)
+    keys.wipe()
+    for at in failed:
+        memset(PyBytes_AS_STRING(output) + <Py_ssize_t>at * WRAPPED, 0, WRAPPED)
+    return output, failed
+
+
+def wrap_key(WrappingKey parent not None, WrappingKey child not None, bytes aad not None):
+    """Wrap one wrapping key under another: 72 bytes."""
+    cdef bytes output = PyBytes_FromStringAndSize(NULL, WRAPPED)
+    cdef uint8_t *schedule = parent.enter()
+    cdef uint8_t *key
+    cdef int status
+    try:
+        key = child.enter()         # a schedule begins with its key
+        status = wrap_run(schedule, key, 1, <const uint8_t *>PyBytes_AS_STRING(aad), <int>PyBytes_GET_SIZE(aad),
+                          NULL, 0, <uint8_t *>PyBytes_AS_STRING(output))
+        child.leave()
+    finally:
+        parent.leave()
+    if status != 1:
+        raise internal_error()("OpenSSL could not wrap the key")
+    return output
+
+
+def unwrap_key(WrappingKey parent not None, bytes wrapped not None, bytes aad not None):
+    """Open a wrapped wrapping key; raises the decrypt error when it does not verify."""
+    cdef WrappingKey child
+    cdef uint8_t failed = 0
+    cdef uint8_t *schedule
+    cdef Py_ssize_t bad
+    if PyBytes_GET_SIZE(wrapped) != WRAPPED:
+        raise decrypt_error()()
+    child = new_wrapping_key()
+    schedule = parent.enter()
+    bad = unwrap_run(schedule, <const uint8_t *>PyBytes_AS_STRING(wrapped), 1,
+                     <const uint8_t *>PyBytes_AS_STRING(aad), <int>PyBytes_GET_SIZE(aad), NULL, 0,
+                     child.slot.data, &failed)
+    parent.leave()
+    if bad:
+        child.wipe()
+        raise (decrypt_error()() if bad > 0 else internal_error()("OpenSSL could not unwrap the key"))
+    expand(child, child.slot.data)
+    return child
+
+
+# ---- for test vectors only: nothing in the package calls these ------------------------------------------
+
+def _xaes_seal(bytes key not None, bytes nonce not None, bytes aad not None, bytes plaintext not None):
+    """XAES-256-GCM with a given nonce."""
+    from .aead import _gcm_seal
+    return _gcm_seal(_subkey(key, nonce), nonce[HALF:], aad, plaintext)
+
+
+def _xaes_open(bytes key not None, bytes nonce not None, bytes aad not None, bytes ciphertext not None):
+    """The inverse of ``_xaes_seal``; None when the tag does not verify."""
+    from .aead import _gcm_open
+    return _gcm_open(_subkey(key, nonce), nonce[HALF:], aad, ciphertext)
+
+
+cdef bytes _subkey(bytes key, bytes nonce):
+    from .secret import import_wrapping_key
+    cdef WrappingKey parent = import_wrapping_key(key)
+    cdef bytes subkey = PyBytes_FromStringAndSize(NULL, KEY)
+    if len(nonce) != XAES_NONCE:
+        raise invalid_error()("an XAES nonce has 24 bytes")
+    xaes_subkey(parent.enter(), <const uint8_t *>PyBytes_AS_STRING(nonce), <uint8_t *>PyBytes_AS_STRING(subkey))
+    parent.leave()
+    return subkey
+
+
+def native_info():
+    """Tell which OpenSSL is linked and how raw AES blocks are made."""
+    notes = []
+    if not okc_aes_instructions():
+        notes.append("raw AES blocks go through a short-lived OpenSSL context, not the processor's instructions")
+    return {
+        "openssl": OpenSSL_version(OPENSSL_VERSION).decode(),
+        "aes": "AES-NI on the key's slot" if okc_aes_instructions() else "OpenSSL",
+        "notes": notes,
+    }
