@@ -5,6 +5,7 @@ cdef enum:
     DONE = 1
     REFUSED = 0
     BROKEN = -1
+    ALONE = -1
 
 cdef struct Item:
     const uint8_t *data
@@ -14,4 +15,4 @@ cdef struct Item:
     uint32_t key
     uint8_t *output
 
-cdef int pin(object thing, const uint8_t **data, Py_ssize_t *size, list held, object index) except -1
+cdef int pin(object thing, const uint8_t **data, Py_ssize_t *size, list held, Py_ssize_t index) except -1

@@ -26,6 +26,7 @@ from .secret cimport *
 
 cdef enum:
     VERSION = 4
+    JOINED = 512                    # associated data up to here is put together for one call
     SMALL = 2048                    # records up to here are ciphered in one call through a scratch buffer
     PARALLEL_ITEMS = 16             # below these two, releasing the GIL costs more than it gives
     PARALLEL_BYTES = 16384
@@ -37,8 +38,7 @@ memset(ZEROS, 0, COMMITMENT)
 
 # ---- one record ----------------------------------------------------------------------------------------
 
-cdef int seal_record(EVP_CIPHER_CTX *context, const uint8_t *key, const uint8_t *nonce, const uint8_t *data,
-                     Py_ssize_t size, uint8_t *output) noexcept nogil:
+cdef int seal_record(EVP_CIPHER_CTX *context, const uint8_t *data, Py_ssize_t size, uint8_t *output) noexcept nogil:
     """The tail of an envelope: ciphertext of zeros and plaintext, then the tag. The context is started."""
     if size <= SMALL:
         # One call over a copy is faster than two calls while the record is small.
@@ -79,7 +79,7 @@ cdef int open_record(EVP_CIPHER_CTX *context, const uint8_t *data, Py_ssize_t si
 
 # ---- pinning -------------------------------------------------------------------------------------------
 
-cdef int pin(object thing, const uint8_t **data, Py_ssize_t *size, list held, object index) except -1:
+cdef int pin(object thing, const uint8_t **data, Py_ssize_t *size, list held, Py_ssize_t index) except -1:
     """Point at a bytes-like object's bytes; anything but exact bytes is held through a memoryview."""
     if PyBytes_CheckExact(thing):
         data[0] = <const uint8_t *>PyBytes_AS_STRING(thing)
@@ -88,9 +88,9 @@ cdef int pin(object thing, const uint8_t **data, Py_ssize_t *size, list held, ob
     try:
         view = memoryview(thing)
         if not view.c_contiguous:
-            raise invalid_error()("a buffer must be contiguous", index=index)
+            raise BufferError()
     except (TypeError, ValueError, BufferError):
-        raise invalid_error()(_not_bytes(thing), index=index) from None
+        raise invalid_error()(_not_bytes(thing), index=None if index == ALONE else index) from None
     held.append(view)
     data[0] = <const uint8_t *>PyMemoryView_GET_BUFFER(view).buf
     size[0] = PyMemoryView_GET_BUFFER(view).len
@@ -98,6 +98,8 @@ cdef int pin(object thing, const uint8_t **data, Py_ssize_t *size, list held, ob
 
 
 cdef str _not_bytes(thing):
+    if isinstance(thing, memoryview):
+        return "a buffer must be contiguous"
     if isinstance(thing, str):
         return "bytes are wanted, not str; encode the text first, for example with .encode()"
     return f"bytes-like data is wanted, not {type(thing).__name__}"
@@ -208,11 +210,30 @@ cdef class RecordCipher:
     cdef Py_ssize_t overhead(self) noexcept nogil:
         return self.body + COMMITMENT + TAG
 
-    cdef int aad_rest(self, EVP_CIPHER_CTX *cipher, bint encrypt, const uint8_t *middle, const uint8_t *context,
-                      int context_size) noexcept nogil:
-        if self.bound and gcm_more_aad(cipher, encrypt, middle, self.middle_size) != DONE:
+    cdef int begin(self, EVP_CIPHER_CTX *cipher, bint encrypt, const uint8_t *key, const uint8_t *nonce,
+                   const uint8_t *middle, const Item *item) noexcept nogil:
+        """Set key and nonce and take the associated data; in one call when it is short, as it nearly always is."""
+        cdef uint8_t joined[JOINED]
+        cdef int bound = self.middle_size if self.bound else 0
+        cdef int size = self.aad_size
+        cdef const uint8_t *aad = self.aad_data
+        cdef bint short = size + bound + item.context_size <= JOINED
+        cdef int status
+        if short:
+            memcpy(joined, aad, <size_t>size)
+            memcpy(joined + size, middle, <size_t>bound)
+            memcpy(joined + size + bound, item.context, <size_t>item.context_size)
+            size += bound + item.context_size
+            aad = joined
+        if encrypt:
+            status = gcm_seal_start(cipher, key, nonce, aad, size)
+        else:
+            status = gcm_open_start(cipher, key, nonce, aad, size)
+        if short or status != DONE:
+            return status
+        if gcm_more_aad(cipher, encrypt, middle, bound) != DONE:
             return BROKEN
-        return gcm_more_aad(cipher, encrypt, context, context_size)
+        return gcm_more_aad(cipher, encrypt, item.context, item.context_size)
 
     cdef int seal(self, EVP_CIPHER_CTX *cipher, const uint8_t *key, const uint8_t *nonce, uint32_t version,
                   const uint8_t *middle, const Item *item) noexcept nogil:
@@ -227,15 +248,13 @@ cdef class RecordCipher:
         memcpy(output, middle, <size_t>self.middle_size)
         output += self.middle_size
         memcpy(output, nonce, NONCE)
-        if (gcm_seal_start(cipher, key, nonce, self.aad_data, self.aad_size) != DONE
-                or self.aad_rest(cipher, True, middle, item.context, item.context_size) != DONE):
+        if self.begin(cipher, True, key, nonce, middle, item) != DONE:
             return BROKEN
-        return seal_record(cipher, key, nonce, item.data, item.size, output + NONCE)
+        return seal_record(cipher, item.data, item.size, output + NONCE)
 
     cdef int open(self, EVP_CIPHER_CTX *cipher, const uint8_t *key, const Item *item, uint8_t *scratch) noexcept nogil:
         cdef const uint8_t *middle = item.data + self.head_size + VERSION
-        if (gcm_open_start(cipher, key, middle + self.middle_size, self.aad_data, self.aad_size) != DONE
-                or self.aad_rest(cipher, False, middle, item.context, item.context_size) != DONE):
+        if self.begin(cipher, False, key, middle + self.middle_size, middle, item) != DONE:
             return BROKEN
         return open_record(cipher, item.data + self.body, item.size - self.overhead(), item.output, scratch)
 
@@ -252,8 +271,8 @@ cdef class RecordCipher:
         cdef const uint8_t *middle
         cdef bytes output
         cdef int status = BROKEN
-        pin(record, &item.data, &item.size, held, None)
-        self.check_size(item.size, None)
+        pin(record, &item.data, &item.size, held, ALONE)
+        self.check_size(item.size, ALONE)
         if PyBytes_GET_SIZE(middles) != keys.count * self.middle_size:
             raise invalid_error()("each key needs its own middle part")
         output = PyBytes_FromStringAndSize(NULL, item.size + self.overhead())
@@ -277,10 +296,11 @@ cdef class RecordCipher:
             raise internal_error()("OpenSSL could not encrypt")
         return output
 
-    cdef int check_size(self, Py_ssize_t size, index) except -1:
+    cdef int check_size(self, Py_ssize_t size, Py_ssize_t index) except -1:
         if size > MAX_RECORD:
             raise limit_error()(
-                f"a record has at most {MAX_RECORD} bytes, not {size}; use a stream for larger data", index=index)
+                f"a record has at most {MAX_RECORD} bytes, not {size}; use a stream for larger data",
+                index=None if index == ALONE else index)
         return 0
 
     def seal_many(self, SecretKeys keys not None, index, uint32_t version, bytes middles not None, contexts,
@@ -320,13 +340,13 @@ cdef class RecordCipher:
             PyList_SET_ITEM(outputs, at, output)
         return outputs
 
-    cdef int seal_loop(self, const uint8_t *keys, uint32_t version, const uint8_t *middles, const Item *items,
+    cdef int seal_loop(self, uint8_t *keys, uint32_t version, const uint8_t *middles, const Item *items,
                        Py_ssize_t count) noexcept nogil:
         cdef uint8_t nonces[NONCE_BATCH * NONCE]
         cdef EVP_CIPHER_CTX *cipher = gcm_new(True)
         cdef Py_ssize_t at, drawn
         cdef uint32_t last = 0
-        cdef const uint8_t *key
+        cdef uint8_t *key
         cdef int status = DONE
         if cipher == NULL:
             return BROKEN
@@ -357,7 +377,7 @@ cdef class RecordCipher:
         cdef uint8_t *key
         cdef bytes output
         cdef int status = BROKEN
-        pin(blob, &item.data, &item.size, held, None)
+        pin(blob, &item.data, &item.size, held, ALONE)
         if item.size < self.overhead() or item.size - self.overhead() > MAX_RECORD:
             return None
         output = PyBytes_FromStringAndSize(NULL, item.size - self.overhead())
@@ -415,14 +435,14 @@ cdef class RecordCipher:
             raise internal_error()("OpenSSL could not decrypt")
         return [], [first]
 
-    cdef Py_ssize_t open_loop(self, const uint8_t *keys, const Item *items, Py_ssize_t count, uint8_t *failed,
+    cdef Py_ssize_t open_loop(self, uint8_t *keys, const Item *items, Py_ssize_t count, uint8_t *failed,
                               bint outcomes) noexcept nogil:
         """Position of the first record that did not verify, ``count`` when all did, -1 when OpenSSL failed."""
         cdef uint8_t scratch[SMALL + COMMITMENT]
         cdef EVP_CIPHER_CTX *cipher = gcm_new(False)
         cdef Py_ssize_t at, first = count
         cdef uint32_t last = 0
-        cdef const uint8_t *key
+        cdef uint8_t *key
         cdef int status = DONE
         if cipher == NULL:
             return -1

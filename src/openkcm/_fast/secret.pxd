@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from libc.stdint cimport uint8_t, uint32_t
 
+from .arena cimport Slot
+
 cdef extern from "native.h" nogil:
     int OKC_SCHEDULE_BYTES
     int okc_aes_instructions()
@@ -18,25 +20,6 @@ cdef enum:
     WRAPPED = 72
     KEY_ID = 16
     COMMITMENT = 32
-
-cdef struct Region:
-    Region *next
-    uint8_t *mapping
-    size_t mapped
-    uint8_t *start
-    size_t granules
-    size_t available
-    size_t hint
-    uint8_t *taken
-
-cdef struct Slot:
-    Region *region
-    uint8_t *data
-    size_t size
-
-cdef int slot_take(Slot *slot, size_t size) noexcept nogil
-cdef void slot_give(Slot *slot) noexcept nogil
-cdef unsigned long fork_count() noexcept nogil
 
 cdef class Secret:
     cdef Slot slot

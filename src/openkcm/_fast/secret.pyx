@@ -1,327 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, freethreading_compatible=True
-"""Secret memory: the only place where keys rest.
+"""Keys in secret memory, and the handles on them.
 
-Invariant: a key is inside a locked region, between two guard pages and two canaries, out of core dumps and
-out of forked children; it is zeroed before its place is given to another; and a handle that was wiped, or
-that another process made, cannot be used. A region is memfd_secret where the kernel has it, otherwise
-mmap and mlock. Nothing is ever put into unlocked memory instead.
+Invariant: a key is only ever in its slot; a handle that was wiped, or that another process made, cannot be
+used; and a wipe waits for the uses in flight, so that no batch ever runs under a zeroed key.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport EINTR, errno
-from libc.stdint cimport uint8_t, uint32_t, uintptr_t
-from libc.stdlib cimport abort, calloc, free
-from libc.stdio cimport fprintf, stderr
+from libc.stdint cimport uint8_t, uint32_t
 from libc.string cimport memcpy, memset
-from posix.unistd cimport close, ftruncate, read, write
+from posix.unistd cimport read, write
 
-from .openssl cimport CRYPTO_memcmp, OPENSSL_cleanse, RAND_bytes, RAND_priv_bytes
+from .arena cimport OK, Slot, arena_lock, arena_unlock, exhausted, fork_count, slot_give, slot_take
+from .openssl cimport RAND_bytes, RAND_priv_bytes
 
-cdef extern from "sys/mman.h" nogil:
-    void *mmap(void *address, size_t size, int protection, int flags, int descriptor, long offset)
-    int munmap(void *address, size_t size)
-    int mlock(const void *address, size_t size)
-    int madvise(void *address, size_t size, int advice)
-    enum:
-        PROT_NONE
-        PROT_READ
-        PROT_WRITE
-        MAP_PRIVATE
-        MAP_SHARED
-        MAP_ANONYMOUS
-        MAP_FIXED
-        MADV_DONTDUMP
-        MADV_DONTFORK
-    void *MAP_FAILED
-
-cdef extern from "sys/syscall.h" nogil:
-    """
-    #ifndef SYS_memfd_secret
-    #define SYS_memfd_secret 447
-    #endif
-    """
-    enum:
-        SYS_memfd_secret
-
-cdef extern from "sys/resource.h" nogil:
-    ctypedef unsigned long rlim_t
-    struct rlimit:
-        rlim_t rlim_cur
-        rlim_t rlim_max
-    int getrlimit(int resource, rlimit *limits)
-    enum:
-        RLIMIT_MEMLOCK
-    rlim_t RLIM_INFINITY
+from .arena import secret_memory_info
 
 cdef extern from "unistd.h" nogil:
-    long syscall(long number, ...)
     int usleep(unsigned int microseconds)
-    long sysconf(int name)
-    enum:
-        _SC_PAGESIZE
-
-cdef extern from "fcntl.h" nogil:
-    enum:
-        O_CLOEXEC
-
-cdef extern from "stdlib.h" nogil:
-    int atexit(void (*function)() noexcept nogil)
-
-cdef extern from "pthread.h" nogil:
-    ctypedef struct pthread_mutex_t:
-        pass
-    int pthread_mutex_init(pthread_mutex_t *mutex, void *attributes)
-    int pthread_mutex_lock(pthread_mutex_t *mutex)
-    int pthread_mutex_unlock(pthread_mutex_t *mutex)
-    int pthread_atfork(void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil,
-                       void (*child)() noexcept nogil)
 
 cdef enum:
-    GRANULE = 64                    # a lone data key with its canaries
-    CANARY = 16
-    REGION = 256 * 1024             # small enough for the usual 8 MiB RLIMIT_MEMLOCK, large enough to share
-    KEEP = 1024 * 1024              # free locked memory kept for reuse; mapping it costs far more than a batch
     NONCES = 340                    # record nonces drawn at a time for single calls
     MOST_KEYS = 16384
 
-cdef enum:
-    OK = 0
-    NO_MEMORY = 1
-    NO_RANDOM = 2
-
-cdef pthread_mutex_t lock
-cdef Region *regions = NULL
-cdef size_t locked_bytes = 0
-cdef size_t idle_bytes = 0
-cdef size_t live_slots = 0
-cdef uint8_t canary[CANARY]
-cdef size_t page = 0
-cdef int secret_files = -1          # memfd_secret: -1 not tried, 0 the kernel has none, 1 in use
-cdef int last_errno = 0
-cdef unsigned long forks = 0
-cdef uint8_t nonces[NONCES * NONCE]
+cdef uint8_t[NONCES * NONCE] nonces
 cdef int nonces_left = 0
-
-
-# ---- regions -------------------------------------------------------------------------------------------
-
-cdef int map_pages(uint8_t *place, size_t size) noexcept nogil:
-    """Put locked pages over the reservation at ``place``."""
-    global secret_files, last_errno
-    cdef long descriptor
-    cdef void *mapped
-    if secret_files != 0:
-        descriptor = syscall(SYS_memfd_secret, O_CLOEXEC)
-        if descriptor >= 0:
-            secret_files = 1
-            mapped = MAP_FAILED
-            if ftruncate(<int>descriptor, <long>size) == 0:
-                mapped = mmap(place, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, <int>descriptor, 0)
-            last_errno = errno
-            # Closed at once: a child or another thread that holds the descriptor could map the keys.
-            close(<int>descriptor)
-            return mapped != MAP_FAILED
-        last_errno = errno
-        if secret_files == 1:
-            return 0                # it worked before, so this is exhaustion and not an old kernel
-        secret_files = 0
-    mapped = mmap(place, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0)
-    if mapped == MAP_FAILED or mlock(place, size) != 0:
-        last_errno = errno
-        return 0
-    return 1
-
-
-cdef Region *region_map(size_t size) noexcept nogil:
-    """Map a region of at least ``size`` usable bytes between two guard pages; NULL when it cannot be locked."""
-    global locked_bytes, idle_bytes, regions, last_errno
-    cdef size_t usable = ((size if size > REGION else <size_t>REGION) + page - 1) // page * page
-    cdef Region *region = <Region *>calloc(1, sizeof(Region))
-    if region == NULL:
-        return NULL
-    region.granules = usable // GRANULE
-    region.taken = <uint8_t *>calloc(region.granules, 1)
-    region.mapped = usable + 2 * page
-    region.mapping = <uint8_t *>mmap(NULL, region.mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
-    if <void *>region.mapping == MAP_FAILED or region.taken == NULL:
-        last_errno = errno
-        if <void *>region.mapping != MAP_FAILED:
-            munmap(region.mapping, region.mapped)
-        free(region.taken)
-        free(region)
-        return NULL
-    region.start = region.mapping + page
-    if (not map_pages(region.start, usable)
-            or madvise(region.start, usable, MADV_DONTDUMP) != 0
-            or madvise(region.start, usable, MADV_DONTFORK) != 0):
-        munmap(region.mapping, region.mapped)
-        free(region.taken)
-        free(region)
-        return NULL
-    region.available = region.granules
-    region.next = regions
-    regions = region
-    locked_bytes += usable
-    idle_bytes += usable
-    return region
-
-
-cdef void region_unmap(Region *region) noexcept nogil:
-    """Unlink and unmap a region that holds nothing."""
-    global locked_bytes, idle_bytes, regions
-    cdef Region **link = &regions
-    while link[0] != region:
-        link = &link[0].next
-    link[0] = region.next
-    locked_bytes -= region.granules * GRANULE
-    idle_bytes -= region.granules * GRANULE
-    munmap(region.mapping, region.mapped)
-    free(region.taken)
-    free(region)
-
-
-cdef void release_idle(size_t keep) noexcept nogil:
-    """Unmap wholly free regions until at most ``keep`` free bytes are in such regions."""
-    cdef Region *region = regions
-    cdef Region *following
-    while region != NULL and idle_bytes > keep:
-        following = region.next
-        if region.available == region.granules:
-            region_unmap(region)
-        region = following
-
-
-cdef Py_ssize_t find_run(Region *region, size_t wanted) noexcept nogil:
-    """First fit from the hint on, then from the start; -1 when no run is long enough."""
-    cdef size_t run = 0
-    cdef size_t at
-    cdef size_t start = region.hint
-    cdef int half
-    for half in range(2):
-        run = 0
-        for at in range(start, region.granules):
-            run = 0 if region.taken[at] else run + 1
-            if run == wanted:
-                return <Py_ssize_t>(at + 1 - wanted)
-        if start == 0:
-            return -1
-        start = 0
-    return -1
-
-
-# ---- slots ---------------------------------------------------------------------------------------------
-
-cdef int slot_place(Slot *slot, Region *region, size_t wanted, size_t size) noexcept nogil:
-    global idle_bytes, live_slots
-    cdef Py_ssize_t at
-    cdef uint8_t *start
-    cdef size_t index
-    if region.available < wanted:
-        return 0
-    at = find_run(region, wanted)
-    if at < 0:
-        return 0
-    if region.available == region.granules:
-        idle_bytes -= region.granules * GRANULE
-    for index in range(<size_t>at, <size_t>at + wanted):
-        region.taken[index] = 1
-    region.available -= wanted
-    region.hint = <size_t>at + wanted if region.available else 0
-    start = region.start + <size_t>at * GRANULE
-    memcpy(start, canary, CANARY)
-    memcpy(start + wanted * GRANULE - CANARY, canary, CANARY)
-    slot.region = region
-    slot.data = start + CANARY
-    slot.size = size
-    live_slots += 1
-    return 1
-
-
-cdef int slot_take(Slot *slot, size_t size) noexcept nogil:
-    """Take a zeroed slot of ``size`` bytes, aligned to 16; returns OK or NO_MEMORY."""
-    cdef size_t wanted = (size + 2 * CANARY + GRANULE - 1) // GRANULE
-    cdef Region *region
-    cdef int done = 0
-    pthread_mutex_lock(&lock)
-    region = regions
-    while region != NULL and not done:
-        done = slot_place(slot, region, wanted, size)
-        region = region.next
-    if not done:
-        region = region_map(wanted * GRANULE)
-        if region == NULL:
-            release_idle(0)
-            region = region_map(wanted * GRANULE)
-        if region != NULL:
-            done = slot_place(slot, region, wanted, size)
-    pthread_mutex_unlock(&lock)
-    return OK if done else NO_MEMORY
-
-
-cdef void slot_give(Slot *slot) noexcept nogil:
-    """Check the canaries, zero the slot and give it back; a damaged canary ends the process."""
-    global idle_bytes, live_slots
-    cdef Region *region = slot.region
-    cdef uint8_t *start
-    cdef size_t wanted, first, index
-    if slot.data == NULL:
-        return
-    wanted = (slot.size + 2 * CANARY + GRANULE - 1) // GRANULE
-    start = slot.data - CANARY
-    if (CRYPTO_memcmp(start, canary, CANARY) != 0
-            or CRYPTO_memcmp(start + wanted * GRANULE - CANARY, canary, CANARY) != 0):
-        # Somebody wrote past a key. There is no safe way on: keys may be damaged or exposed.
-        fprintf(stderr, b"openkcm: secret memory was overwritten; aborting\n")
-        abort()
-    OPENSSL_cleanse(start, wanted * GRANULE)
-    slot.data = NULL
-    pthread_mutex_lock(&lock)
-    first = <size_t>(start - region.start) // GRANULE
-    for index in range(first, first + wanted):
-        region.taken[index] = 0
-    region.available += wanted
-    if first < region.hint:
-        region.hint = first
-    live_slots -= 1
-    if region.available == region.granules:
-        idle_bytes += region.granules * GRANULE
-        release_idle(KEEP)
-    pthread_mutex_unlock(&lock)
-
-
-# ---- fork and exit -------------------------------------------------------------------------------------
-
-cdef unsigned long fork_count() noexcept nogil:
-    return forks
-
-
-cdef void before_fork() noexcept nogil:
-    pthread_mutex_lock(&lock)
-
-
-cdef void after_fork_parent() noexcept nogil:
-    pthread_mutex_unlock(&lock)
-
-
-cdef void after_fork_child() noexcept nogil:
-    """Forget the parent's regions, which are not mapped here, and every nonce drawn before the fork."""
-    global regions, locked_bytes, idle_bytes, live_slots, forks, nonces_left
-    pthread_mutex_init(&lock, NULL)
-    regions = NULL                  # the parent's bookkeeping is leaked: handles still point into it
-    locked_bytes = 0
-    idle_bytes = 0
-    live_slots = 0
-    nonces_left = 0
-    forks += 1
-
-
-cdef void at_exit() noexcept nogil:
-    # No lock: a thread that was stopped inside the allocator must not keep the keys from being zeroed.
-    cdef Region *region = regions
-    while region != NULL:
-        OPENSSL_cleanse(region.start, region.granules * GRANULE)
-        region = region.next
+cdef unsigned long nonces_born = 0
 
 
 # ---- errors, given by the facade because nothing of ours is imported here ---------------------------------
@@ -355,15 +60,6 @@ cdef object internal_error():
     return errors["internal"]
 
 
-def _no_memory():
-    limit = secret_memory_info()["limit_bytes"]
-    allowed = "no limit is set" if limit is None else f"the limit (RLIMIT_MEMLOCK) is {limit // 1024} KiB"
-    return memory_error()(
-        f"no more memory could be locked for keys (errno {last_errno}): {locked_bytes // 1024} KiB are locked and "
-        f"{allowed}. Raise it with 'ulimit -l', LimitMEMLOCK= in a systemd unit or --ulimit memlock= of a container"
-    )
-
-
 # ---- handles -------------------------------------------------------------------------------------------
 
 cdef class Secret:
@@ -373,16 +69,16 @@ cdef class Secret:
         self.slot.data = NULL
         self.closing = 0
         self.uses = 0
-        self.born = forks
+        self.born = fork_count()
 
     cdef int allocate(self, size_t size) except -1:
         if slot_take(&self.slot, size) != OK:
-            raise _no_memory()
+            raise memory_error()(exhausted())
         return 0
 
     cdef uint8_t *enter(self) except NULL:
         """Begin a use: until ``leave`` the slot stays where it is and unwiped."""
-        if self.born != forks:
+        if self.born != fork_count():
             raise memory_error()("this key belongs to the process before the fork; open it again in this one")
         okc_atomic_add(&self.uses, 1)
         if okc_atomic_get(&self.closing) or self.slot.data == NULL:
@@ -395,7 +91,7 @@ cdef class Secret:
 
     def wipe(self):
         """Zero the key; refuses new uses first and waits for those in flight. Idempotent."""
-        if self.born != forks or okc_atomic_swap(&self.closing, 1):
+        if self.born != fork_count() or okc_atomic_swap(&self.closing, 1):
             return
         if okc_atomic_get(&self.uses):
             with nogil:
@@ -406,10 +102,10 @@ cdef class Secret:
     @property
     def wiped(self):
         """Whether the key is gone: wiped, or left behind by a fork."""
-        return self.born != forks or bool(okc_atomic_get(&self.closing))
+        return self.born != fork_count() or bool(okc_atomic_get(&self.closing))
 
     def __dealloc__(self):
-        if self.born == forks and self.slot.data != NULL:
+        if self.born == fork_count() and self.slot.data != NULL:
             slot_give(&self.slot)
 
     def __reduce_ex__(self, protocol):
@@ -594,45 +290,16 @@ def random_bytes(Py_ssize_t size):
 
 cdef int next_nonce(uint8_t *nonce) noexcept nogil:
     """Hand out one nonce of a supply drawn in bulk; a single RAND call costs as much as a record."""
-    global nonces_left
+    global nonces_left, nonces_born
     cdef int status = 1
-    pthread_mutex_lock(&lock)
-    if nonces_left == 0:
+    arena_lock()
+    # What was drawn before a fork is the parent's: both would hand out the same nonces.
+    if nonces_left == 0 or nonces_born != fork_count():
+        nonces_born = fork_count()
         status = RAND_bytes(nonces, NONCES * NONCE)
         nonces_left = NONCES if status == 1 else 0
     if status == 1:
         nonces_left -= 1
         memcpy(nonce, nonces + nonces_left * NONCE, NONCE)
-    pthread_mutex_unlock(&lock)
+    arena_unlock()
     return status
-
-
-def secret_memory_info():
-    """Tell which protection is in force, and how much is locked and in use (bytes)."""
-    cdef rlimit limits
-    cdef Slot probe
-    if secret_files == -1 and slot_take(&probe, KEY) == OK:
-        slot_give(&probe)
-    limit = None
-    if getrlimit(RLIMIT_MEMLOCK, &limits) == 0 and limits.rlim_cur != RLIM_INFINITY:
-        limit = limits.rlim_cur
-    return {
-        "kind": "memfd_secret" if secret_files == 1 else "mlock",
-        "locked_bytes": locked_bytes,
-        "idle_bytes": idle_bytes,
-        "handles": live_slots,
-        "limit_bytes": limit,
-    }
-
-
-cdef int start() except -1:
-    global page
-    page = <size_t>sysconf(_SC_PAGESIZE)
-    pthread_mutex_init(&lock, NULL)
-    random_fill(canary, CANARY, False)
-    if pthread_atfork(before_fork, after_fork_parent, after_fork_child) != 0 or atexit(at_exit) != 0:
-        raise ImportError("the secret memory could not register its fork and exit handlers")
-    return 0
-
-
-start()

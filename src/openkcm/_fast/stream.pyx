@@ -10,7 +10,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from libc.stdint cimport uint8_t
 from libc.string cimport memcpy, memset
 
-from .aead cimport BROKEN, DONE, REFUSED, Item, pin
+from .aead cimport ALONE, BROKEN, DONE, REFUSED, Item, pin
 from .gcm cimport gcm_new, gcm_open_end, gcm_open_part, gcm_open_start, gcm_seal_end, gcm_seal_part, gcm_seal_start
 from .openssl cimport *
 from .secret cimport *
@@ -102,7 +102,7 @@ cdef class StreamCipher:
         cdef uint8_t *key
         cdef bytes output
         cdef int status
-        pin(data, &item.data, &item.size, held, None)
+        pin(data, &item.data, &item.size, held, ALONE)
         if item.size > SEGMENT:
             raise limit_error()("a segment has at most 65,536 bytes")
         output = PyBytes_FromStringAndSize(NULL, lead + item.size + TAG)
@@ -127,7 +127,7 @@ cdef class StreamCipher:
         cdef uint8_t *key
         cdef bytes output
         cdef int status
-        pin(data, &item.data, &item.size, held, None)
+        pin(data, &item.data, &item.size, held, ALONE)
         if not lead + TAG <= item.size <= lead + SEGMENT + TAG:
             self.ended = True
             return None
