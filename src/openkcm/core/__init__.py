@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Core: the vault of tenant and service keys."""
+
+from .audit import AuditRecord
+from .core import Core
+from .status import ServiceKeyStatus, ServiceStatus, TenantStatus
+
+__all__ = ["AuditRecord", "Core", "ServiceKeyStatus", "ServiceStatus", "TenantStatus"]

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The audit chain: one record of every key-management act, each holding the digest of the one before.
+
+Invariant: a record is written in the transaction of its act, so that neither is there without the other.
+Changing, removing or reordering a record breaks the chain; cutting off its end does not show (signed
+checkpoints are to close that).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Final
+
+import sqlalchemy as sql
+from sqlalchemy.engine import Connection
+
+from . import schema
+
+START: Final = bytes(32)
+
+
+@dataclass(frozen=True, slots=True)
+class AuditRecord:
+    """One act: what was done to which tenant and service, and when (UTC)."""
+
+    number: int
+    at: str
+    act: str
+    tenant: str
+    service: str
+    detail: str
+
+
+def digest(record: AuditRecord, previous: bytes) -> bytes:
+    """SHA-256 over the previous digest and every field, each with its length before it."""
+    fields = (record.number, record.at, record.act, record.tenant, record.service, record.detail)
+    encoded = [str(field).encode() for field in fields]
+    return hashlib.sha256(previous + b"".join(len(field).to_bytes(4, "big") + field for field in encoded)).digest()
+
+
+def append(
+    connection: Connection, at: str, act: str, tenant: str = "", service: str = "", detail: str = ""
+) -> None:
+    """Append a record within the caller's write transaction."""
+    last = connection.execute(
+        sql.select(schema.audit.c.number, schema.audit.c.digest).order_by(schema.audit.c.number.desc()).limit(1)
+    ).first()
+    number, previous = (last.number + 1, last.digest) if last else (1, START)
+    record = AuditRecord(number, at, act, tenant, service, detail)
+    connection.execute(
+        schema.audit.insert().values(
+            number=number,
+            at=at,
+            act=act,
+            tenant=tenant,
+            service=service,
+            detail=detail,
+            previous=previous,
+            digest=digest(record, previous),
+        )
+    )
+
+
+def records(connection: Connection) -> list[AuditRecord]:
+    """Every record, oldest first."""
+    columns = schema.audit.c
+    rows = connection.execute(
+        sql.select(columns.number, columns.at, columns.act, columns.tenant, columns.service, columns.detail).order_by(
+            columns.number
+        )
+    )
+    return [AuditRecord(*row) for row in rows]
+
+
+def verify(connection: Connection) -> int | None:
+    """Check the chain; returns the number of the first record that does not fit, or None."""
+    previous = START
+    expected = 1
+    for row in connection.execute(sql.select(schema.audit).order_by(schema.audit.c.number)):
+        record = AuditRecord(row.number, row.at, row.act, row.tenant, row.service, row.detail)
+        if row.number != expected or row.previous != previous or row.digest != digest(record, previous):
+            return int(row.number)
+        previous = row.digest
+        expected += 1
+    return None

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Core's database: engine, transactions, and what its failures mean.
+
+Invariant: a write transaction is durable when ``write`` returns, and nothing of it is there when it raises.
+SQLite runs in WAL mode with full syncs and overwrites what it deletes.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import sqlalchemy as sql
+from sqlalchemy.engine import URL, Connection, Engine, make_url
+from sqlalchemy.exc import DBAPIError, NoSuchModuleError, SQLAlchemyError
+
+from ..errors import InvalidInput, StoreUnavailable
+from . import schema
+
+BUSY_SECONDS: Final = 5.0
+"""How long a writer waits for another process's write lock."""
+
+_ADVICE: Final = {
+    sqlite3.SQLITE_BUSY: ("the database is locked by another process; try again", True),
+    sqlite3.SQLITE_LOCKED: ("the database is locked by another connection; try again", True),
+    sqlite3.SQLITE_READONLY: ("the database or its folder is read-only; make both writable for this user", False),
+    sqlite3.SQLITE_FULL: ("the disk is full; nothing was changed, make room and try again", True),
+    sqlite3.SQLITE_IOERR: ("the disk failed or is full; nothing was changed, check it and try again", True),
+    sqlite3.SQLITE_CANTOPEN: ("the database file cannot be opened; check its path, folder and permissions", False),
+    sqlite3.SQLITE_CORRUPT: ("the database file is damaged; restore it from a backup", False),
+    sqlite3.SQLITE_NOTADB: ("the file is not a database; check the path", False),
+    sqlite3.SQLITE_PERM: ("the database file may not be opened by this user", False),
+}
+
+
+def store_error(error: BaseException) -> StoreUnavailable:
+    """Translate a database failure into one error that says what to do."""
+    original = getattr(error, "orig", error)
+    code = getattr(original, "sqlite_errorcode", None)
+    advice, retryable = _ADVICE.get((code or 0) & 0xFF, ("the database does not answer as it should", True))
+    return StoreUnavailable(f"the vault's store: {advice}", retryable=retryable)
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turn database failures inside the block into StoreUnavailable."""
+    try:
+        yield
+    except (DBAPIError, sqlite3.Error) as error:
+        if isinstance(error, sql.exc.IntegrityError):
+            raise
+        raise store_error(error) from None
+    except SQLAlchemyError as error:
+        raise StoreUnavailable(f"the vault's store: unexpected {type(error).__name__}", retryable=False) from None
+
+
+def parse_url(url: str) -> URL:
+    """Check a store URL.
+
+    Raises:
+        InvalidInput: not a URL, or of a database that this version does not run on.
+    """
+    try:
+        parsed = make_url(url)
+        name = parsed.get_backend_name()
+    except (SQLAlchemyError, NoSuchModuleError, ValueError):
+        raise InvalidInput("a store is a URL such as sqlite:///vault.db") from None
+    if name != "sqlite":
+        raise InvalidInput(f"this version keeps its store in SQLite (sqlite:///PATH), not in {name}")
+    if not parsed.database or parsed.database == ":memory:":
+        raise InvalidInput("a vault is a file: sqlite:///PATH")
+    return parsed
+
+
+class Store:
+    """One process's connections to a vault's database."""
+
+    def __init__(self, url: str, *, busy_seconds: float = BUSY_SECONDS) -> None:
+        self._url = parse_url(url)
+        self.path = Path(str(self._url.database)).absolute()
+        self._busy_seconds = busy_seconds
+        self._engine: Engine | None = None
+        self._observer: sqlite3.Connection | None = None
+        self._observing = threading.Lock()
+
+    def exists(self) -> bool:
+        """Whether the database file is there and holds anything."""
+        try:
+            return self.path.stat().st_size > 0
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise StoreUnavailable(
+                f"the vault's store cannot be reached: {error.strerror}", retryable=False
+            ) from None
+
+    @property
+    def engine(self) -> Engine:
+        """The process's engine, made on first use."""
+        if self._engine is None:
+            engine = sql.create_engine(
+                self._url.set(database=str(self.path)),
+                connect_args={"timeout": self._busy_seconds, "check_same_thread": False},
+            )
+            sql.event.listen(engine, "connect", _configure)
+            self._engine = engine
+        return self._engine
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A consistent view of the store."""
+        with translated(), self.engine.connect() as connection:
+            connection.exec_driver_sql("BEGIN")
+            try:
+                yield connection
+            finally:
+                _end(connection, "ROLLBACK")
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A transaction that alone may write; durable when the block ends, undone when it raises."""
+        with translated(), self.engine.connect() as connection:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.exec_driver_sql("COMMIT")
+            except BaseException:
+                _end(connection, "ROLLBACK")
+                raise
+
+    def data_version(self) -> int:
+        """A number that changes when any other connection, of any process, commits (PRAGMA data_version)."""
+        with translated(), self._observing:
+            if self._observer is None:
+                self._observer = sqlite3.connect(
+                    f"{self.path.as_uri()}?mode=rw", uri=True, timeout=0.1, check_same_thread=False, isolation_level=None
+                )
+            return int(self._observer.execute("PRAGMA data_version").fetchone()[0])
+
+    def migrate(self) -> None:
+        """Bring an empty or older database to the newest schema.
+
+        Raises:
+            StoreUnavailable: the database was made by a newer version.
+        """
+        with self.engine.connect() as connection, translated():
+            revision = _revision(connection)
+        if revision == schema.HEAD:
+            return
+        if revision is not None and revision > schema.HEAD:
+            raise StoreUnavailable(
+                f"the vault's schema {revision} is newer than this build's {schema.HEAD}; use a newer OpenKCM",
+                retryable=False,
+            )
+        from .migrations import upgrade
+
+        with self.write() as connection:
+            upgrade(connection, schema.HEAD)
+
+    def checkpoint(self) -> None:
+        """Fold the write-ahead log into the database, so that what was deleted is not left in it either."""
+        with translated(), self.engine.connect() as connection:
+            connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def close(self) -> None:
+        """Close every connection."""
+        if self._observer is not None:
+            self._observer.close()
+        if self._engine is not None:
+            self._engine.dispose()
+        self._observer = self._engine = None
+
+    def forget(self) -> None:
+        """Leave the connections to the parent process: a forked child must neither use nor close them."""
+        if self._engine is not None:
+            self._engine.dispose(close=False)
+        # Kept referenced on purpose: closing an inherited connection would drop the parent's locks.
+        self._abandoned = self._observer
+        self._observer = self._engine = None
+        self._observing = threading.Lock()
+
+
+def _revision(connection: Connection) -> str | None:
+    if not sql.inspect(connection).has_table("alembic_version"):
+        return None
+    return connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+
+
+def _end(connection: Connection, statement: str) -> None:
+    try:
+        connection.exec_driver_sql(statement)
+    except DBAPIError:
+        connection.invalidate()             # SQLite has already rolled back; the connection is not reused
+
+
+def _configure(connection: Any, record: Any) -> None:
+    connection.isolation_level = None       # transactions are begun by name, in read and write
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "foreign_keys=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def default_key_store(path: Path) -> Path:
+    """Where an embedded Gateway keeps its named data keys: ``vault.keys.db`` beside ``vault.db``."""
+    return path.with_name(f"{path.stem}.keys.db")
+
+

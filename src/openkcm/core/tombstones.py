@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shredded data keys: random ids that must never be opened again.
+
+Invariant: a tombstone is durable before a shred is acknowledged, and it says nothing about the person.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sql
+
+from ..errors import InvalidInput
+from ..keys import Service
+from ..limits import KEY_ID_BYTES
+from . import audit, schema
+from .store import Store
+from .vault import Vault
+
+_CHUNK = 500
+_KEPT = 65_536
+
+
+def split_ids(ids: bytes) -> list[bytes]:
+    """Cut packed ids into 16-byte ones."""
+    if len(ids) % KEY_ID_BYTES:
+        raise InvalidInput("data key ids have 16 bytes each")
+    return [ids[at : at + KEY_ID_BYTES] for at in range(0, len(ids), KEY_ID_BYTES)]
+
+
+def add(vault: Vault, service: Service, ids: bytes, at: str) -> None:
+    """Record ids as shredded; those that are already stay as they are."""
+    wanted = split_ids(ids)
+    if not wanted:
+        return
+    with vault.store.write() as connection:
+        known = _find(connection, service, wanted)
+        fresh = [key_id for key_id in dict.fromkeys(wanted) if key_id not in known]
+        if not fresh:
+            return
+        connection.execute(
+            schema.shredded_keys.insert(),
+            [{"service_id": service.service_id, "key_id": key_id, "shredded_at": at} for key_id in fresh],
+        )
+        audit.append(connection, at, "shred", service.tenant, service.name, f"{len(fresh)} data keys")
+
+
+class Tombstones:
+    """Answers "is it shredded?" for data keys that are asked for again and again.
+
+    Verdicts are kept only as long as no connection of any process has committed to the store since.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._seen = -1
+        self._verdicts: dict[tuple[bytes, bytes], bool] = {}
+
+    def find(self, service: Service, ids: bytes) -> frozenset[bytes]:
+        """Those of the ids that are shredded."""
+        wanted = split_ids(ids)
+        # Asked before the store is: a commit in between makes the next look ask again.
+        seen = self._store.data_version()
+        verdicts = self._verdicts
+        if seen != self._seen or len(verdicts) > _KEPT:
+            self._verdicts = verdicts = {}
+            self._seen = seen
+        service_id = service.service_id
+        unknown = [key_id for key_id in dict.fromkeys(wanted) if (service_id, key_id) not in verdicts]
+        found: frozenset[bytes] = frozenset()
+        if unknown:
+            with self._store.read() as connection:
+                found = _find(connection, service, unknown)
+            verdicts.update(((service_id, key_id), key_id in found) for key_id in unknown)
+        return frozenset(key_id for key_id in wanted if verdicts[service_id, key_id])
+
+
+def _find(connection: sql.Connection, service: Service, ids: list[bytes]) -> frozenset[bytes]:
+    columns = schema.shredded_keys.c
+    found: set[bytes] = set()
+    for start in range(0, len(ids), _CHUNK):
+        query = sql.select(columns.key_id).where(
+            columns.service_id == service.service_id, columns.key_id.in_(ids[start : start + _CHUNK])
+        )
+        found.update(connection.execute(query).scalars())
+    return frozenset(found)

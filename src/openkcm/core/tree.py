@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads the tree of tenants, services and key versions out of the store."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import sqlalchemy as sql
+
+from ..errors import TenantNotFound
+from ..keys import KeyState, TenantState
+from . import schema
+from .status import ServiceKeyStatus, ServiceStatus, TenantStatus
+from .vault import LIVE, UNLINKED, Vault
+
+
+def read_tree(vault: Vault, tenant: str | None) -> list[TenantStatus]:
+    """Status of one tenant or of all that are linked, sorted by name."""
+    wanted = sql.true() if tenant is None else schema.tenants.c.tenant == tenant
+    with vault.store.read() as connection:
+        rows = connection.execute(
+            sql.select(schema.tenants, schema.tenant_keys.c.version.label("key_version"))
+            .join(schema.tenant_keys, schema.tenant_keys.c.tenant == schema.tenants.c.tenant)
+            .where(wanted, schema.tenants.c.state != UNLINKED, schema.tenant_keys.c.state == KeyState.ACTIVE)
+            .order_by(schema.tenants.c.tenant)
+        ).all()
+        services = _services(connection, tenant)
+        shredded = _shredded(connection)
+    if tenant is not None and not rows:
+        raise TenantNotFound(f"no tenant {tenant} is linked; link it with 'openkcm tenant link'")
+    opened = vault.ring.generations()
+    return [
+        TenantStatus(
+            tenant=row.tenant,
+            region=row.region,
+            state=TenantState.LIVE if row.state == LIVE else TenantState.DARK,
+            reason=(row.reason or "killed by an operator") if row.state != LIVE else "",
+            root=row.root_uri,
+            development=row.root_uri.startswith("local:"),
+            key_version=row.key_version,
+            open=row.tenant in opened,
+            shredded=sum(shredded.get(service.service_id, 0) for service in services[row.tenant]),
+            services=tuple(services[row.tenant]),
+            created_at=row.created_at,
+        )
+        for row in rows
+    ]
+
+
+def _services(connection: sql.Connection, tenant: str | None) -> dict[str, list[ServiceStatus]]:
+    columns = schema.services.c
+    wanted = sql.true() if tenant is None else columns.tenant == tenant
+    versions: dict[bytes, list[ServiceKeyStatus]] = defaultdict(list)
+    keys = schema.service_keys.c
+    for key in connection.execute(
+        sql.select(keys.service_id, keys.version, keys.state, keys.created_at)
+        .where(sql.true() if tenant is None else keys.tenant == tenant)
+        .order_by(keys.version)
+    ):
+        versions[key.service_id].append(ServiceKeyStatus(key.version, KeyState(key.state), key.created_at))
+    found: dict[str, list[ServiceStatus]] = defaultdict(list)
+    for row in connection.execute(sql.select(schema.services).where(wanted).order_by(columns.name)):
+        found[row.tenant].append(
+            ServiceStatus(
+                row.tenant,
+                row.name,
+                row.service_id,
+                row.active_version,
+                tuple(versions[row.service_id]),
+                row.created_at,
+            )
+        )
+    return found
+
+
+def _shredded(connection: sql.Connection) -> dict[bytes, int]:
+    columns = schema.shredded_keys.c
+    rows = connection.execute(sql.select(columns.service_id, sql.func.count()).group_by(columns.service_id))
+    return {row[0]: row[1] for row in rows}

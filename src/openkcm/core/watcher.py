@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tells Gateways of changes, and notices those that other processes make in the store.
+
+Invariant: a listener is called for every change exactly once, with keys already zeroed; a listener that fails
+does not keep the others from hearing. The thread holds only a weak reference to its Core, so a Core that
+nobody holds any more ends it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ..errors import OpenKCMError
+from ..keys import Event
+
+if TYPE_CHECKING:
+    from .core import Core
+
+logger = logging.getLogger("openkcm")
+
+
+class Listeners:
+    """Callbacks of this process's Gateways."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._listeners: dict[int, Callable[[Event], None]] = {}
+        self._next = 0
+
+    def add(self, listener: Callable[[Event], None]) -> Callable[[], None]:
+        """Register; the returned function takes the listener out again."""
+        with self._lock:
+            self._next += 1
+            number = self._next
+            self._listeners[number] = listener
+
+        def remove() -> None:
+            with self._lock:
+                self._listeners.pop(number, None)
+
+        return remove
+
+    def tell(self, event: Event) -> None:
+        """Call every listener."""
+        with self._lock:
+            listeners = list(self._listeners.values())
+        for listener in listeners:
+            try:
+                listener(event)
+            except Exception:
+                logger.exception("a Gateway failed to act on a %s event", event.change)
+
+
+class Watcher:
+    """A daemon thread that has the Core look for changes every ``interval`` seconds."""
+
+    def __init__(self, core: Core, interval: float) -> None:
+        self._core = weakref.ref(core)
+        self._interval = interval
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="openkcm-watcher", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        failing = False
+        while not self._stop.wait(self._interval):
+            core = self._core()
+            if core is None:
+                return
+            try:
+                core.poll()
+                failing = False
+            except OpenKCMError as error:
+                if not failing:             # once for each outage, not once for each look
+                    logger.warning("the vault's store could not be watched: %s", error)
+                failing = True
+            except Exception:
+                logger.exception("the watcher failed")
+            del core
+
+    def stop(self) -> None:
+        """End the thread; it is waited for unless it is the caller."""
+        self._stop.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=5)
