@@ -282,10 +282,28 @@ def test_an_ambiguous_column_is_refused() -> None:
         protect(b"a,a\n1,2\n", Columns(("a",)))
 
 
-@pytest.mark.parametrize("columns", [(), ("a", "a")], ids=["none", "twice"])
-def test_odd_choices_of_columns_are_refused(columns: tuple[str, ...]) -> None:
-    with pytest.raises(InvalidInput):
-        Columns(columns)
+def test_a_column_named_twice_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="named twice"):
+        Columns(("a", "a"))
+
+
+@pytest.mark.parametrize("kind", [CsvTable, NdjsonTable])
+def test_protecting_no_column_is_refused(kind: Any) -> None:
+    with pytest.raises(InvalidInput, match="at least one column"):
+        protect(b"", Columns(()), kind)
+
+
+def test_unprotecting_without_a_name_opens_every_protected_column() -> None:
+    assert unprotect(protect(FLIGHTS, COLUMNS), Columns(())) == FLIGHTS
+    columns = Columns(("pay", "id"), "id")
+    data = b'{"id":1,"pay":null}\n' * 2000 + b'{"id":2,"pay":6}\n'
+    assert unprotect(protect(data, columns, NdjsonTable), Columns(()), NdjsonTable) == data
+
+
+@pytest.mark.parametrize(("data", "kind"), [(FLIGHTS, CsvTable), (b'{"a":"T0tDAx"}\n', NdjsonTable)])
+def test_a_file_without_protected_columns_says_so(data: bytes, kind: Any) -> None:
+    with pytest.raises(InvalidInput, match="no column of this file holds protected values"):
+        unprotect(data, Columns(()), kind)
 
 
 def test_a_context_column_cannot_be_protected() -> None:

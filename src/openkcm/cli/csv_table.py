@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO, Final, Protocol
 
@@ -25,7 +26,10 @@ from .tables import (
     Counts,
     RowContext,
     check_subjects,
+    holds_envelopes,
     missing_column,
+    none_named,
+    nothing_protected,
     refuse_envelopes,
 )
 
@@ -56,7 +60,7 @@ class Block(Protocol):
 
 
 class FlatBlock:
-    """Rows without any quote: one list of all fields, a line end standing as a field of its own after each row.
+    """Rows without any quote, as one list of all fields; after each row stands its line end as a field.
 
     Splitting, picking a column and joining are then one call each for the whole block, not one a row.
     """
@@ -316,6 +320,8 @@ class CsvTable:
         self._progress = progress
 
     def protect(self, source: BinaryIO, target: BinaryIO) -> Counts:
+        if not self._columns.protected:
+            raise none_named()
         return self._copy(source, target, self._protect_block)
 
     def unprotect(self, source: BinaryIO, target: BinaryIO) -> Counts:
@@ -329,6 +335,9 @@ class CsvTable:
         target.write(table.raw_header)
         counts.written += len(table.raw_header)
         for block in table.blocks():
+            if not self._columns.protected:
+                self._find_protected(block, table)
+                places = {name: table.index(name) for name in self._columns.named}
             change(block, places)
             data = table.close(block.dump())
             target.write(data)
@@ -337,6 +346,13 @@ class CsvTable:
             self._progress(table.read)
         counts.read = table.read
         return counts
+
+    def _find_protected(self, block: Block, table: CsvSource) -> None:
+        """Choose the columns that hold envelopes; ``protect`` leaves no value out, so the first rows show."""
+        found = [name for i, name in enumerate(table.header) if holds_envelopes(block.column(i)[:100])]
+        if not found:
+            raise nothing_protected()
+        self._columns = dataclasses.replace(self._columns, protected=tuple(found))
 
     def _protect_block(self, block: Block, places: dict[str, int]) -> None:
         lines, columns = block.lines, self._columns

@@ -10,10 +10,10 @@ A ``null`` and an absent field have no value to protect and stay as they are.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, BinaryIO, Final
 
 from ..errors import FormatError, InvalidInput
@@ -24,9 +24,11 @@ from .tables import (
     Columns,
     Counts,
     RowContext,
-    Shredded,
     check_subjects,
+    holds_envelopes,
     missing_column,
+    none_named,
+    nothing_protected,
     refuse_envelopes,
 )
 
@@ -43,10 +45,10 @@ def _refuse_constant(name: str) -> Any:
 
 # As floats, numbers of any length parse in linear time; their text is what is kept.
 _PAIRS: Final = json.JSONDecoder(parse_int=float, parse_constant=_refuse_constant)
-_scan: Final[Callable[[str, int], tuple[Any, int]]] = _PAIRS.scan_once
+_scan: Final[Callable[[str, int], tuple[Any, int]]] = _PAIRS.scan_once  # type: ignore[attr-defined]
 
 
-@dataclass(slots=True)
+@dataclasses.dataclass(slots=True)
 class Field:
     """A field of a line: its value, and where the value's text is. A number's value is not kept exactly."""
 
@@ -78,7 +80,8 @@ class Line:
 
     def dump(self) -> str:
         """The line with its edits."""
-        parts, place = [], 0
+        parts: list[str] = []
+        place = 0
         for start, end, text in sorted(self._edits):
             parts += (self.text[place:start], text)
             place = end
@@ -122,8 +125,8 @@ class FieldFinder:
         Raises:
             FormatError: the line is not one JSON object, or names a field twice.
         """
-        # Without a backslash every quote opens or closes a string, and with one brace nothing is nested, so that
-        # a quoted name before a colon can only be a field of this object. Other lines are scanned in full.
+        # Without a backslash every quote opens or closes a string, and with one brace nothing is nested, so
+        # that a quoted name before a colon is a field of this object. Other lines are scanned in full.
         if not self._quick or "\\" in text or "[" in text or text.count("{") != 1:
             everything = scan_object(text, number)
             fields = {name: everything[name] for name in self._wanted if name in everything}
@@ -225,9 +228,12 @@ class NdjsonTable:
         self._cipher = cipher
         self._columns = columns
         self._progress = progress
+        self._search = not columns.protected
         self._finder = FieldFinder(columns.named)
 
     def protect(self, source: BinaryIO, target: BinaryIO) -> Counts:
+        if self._search:
+            raise none_named()
         return self._copy(source, target, self._protect_lines)
 
     def unprotect(self, source: BinaryIO, target: BinaryIO) -> Counts:
@@ -236,6 +242,8 @@ class NdjsonTable:
     def _copy(self, source: BinaryIO, target: BinaryIO, change: Callable[[list[Line]], None]) -> Counts:
         counts, number = self._cipher.counts, 1
         for raw in _blocks(source):
+            if self._search:
+                self._find_protected(raw, number)
             lines = [
                 self._line(line, place) if line.strip(b" \t\r") else None
                 for place, line in enumerate(raw, number)
@@ -251,10 +259,25 @@ class NdjsonTable:
             counts.read += sum(map(len, raw)) + len(raw) - 1
             counts.written += len(data)
             self._progress(counts.read)
+        if counts.rows and not self._columns.protected:
+            raise nothing_protected()
         if counts.rows and self._finder.missing:
             # A misspelt name must not leave a file in clear: the whole copy is refused.
             raise missing_column(min(self._finder.missing), self._finder.names)
         return counts
+
+    def _find_protected(self, raw: list[bytes], number: int) -> None:
+        """Add the fields in which this block has envelopes; in NDJSON a field may come late."""
+        known = dict.fromkeys(self._columns.protected)
+        found = dict(known)
+        for place, line in enumerate(raw, number):
+            if ENVELOPE_TEXT in line:
+                for name, field in scan_object(_decode(line, place), place).items():
+                    if name not in found and isinstance(field.value, str) and _is_envelope(field.value):
+                        found[name] = None
+        if found != known:
+            self._columns = dataclasses.replace(self._columns, protected=tuple(found))
+            self._finder = FieldFinder(self._columns.named)
 
     def _line(self, raw: bytes, number: int) -> Line:
         text = _decode(raw, number)
@@ -304,14 +327,18 @@ class NdjsonTable:
         except (ValueError, StopIteration, RecursionError):
             pass
         raise FormatError(
-            f"line {line.number}, column {name!r}: the value opened, but is not JSON text; it was not protected "
-            "as NDJSON"
+            f"line {line.number}, column {name!r}: the value opened, but is not JSON text; it was not "
+            "protected as NDJSON"
         )
 
     def _row_contexts(self, lines: list[Line]) -> list[RowContext] | None:
         if not self._columns.context:
             return None
         return [tuple((f"row.{name}", line.plain(name)) for name in self._columns.context) for line in lines]
+
+
+def _is_envelope(value: str) -> bool:
+    return holds_envelopes([value.encode("utf-8", "replace")])
 
 
 def _decode(line: bytes, number: int) -> str:

@@ -23,7 +23,7 @@ from ..errors import FormatError, InvalidInput, KeyDestroyed, OpenKCMError
 from ..keys import check_subject
 
 ENVELOPE_TEXT: Final = b"T0tDA"
-"""How the base64 text of every envelope begins: the magic ``4F 4B 43 01``, of which 30 bits fill 5 characters."""
+"""How the base64 text of every envelope begins: the magic ``4F 4B 43 01``, 30 bits of it."""
 
 SHREDDED_TEXT: Final = b"[shredded]"
 
@@ -69,15 +69,16 @@ class Shredded(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Which columns are protected, which one names the subject, and which ones join the context."""
+    """Which columns are protected, which one names the subject, and which ones join the context.
+
+    To unprotect with none named means every column that holds envelopes.
+    """
 
     protected: tuple[str, ...]
     subject: str | None = None
     context: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.protected:
-            raise InvalidInput("name at least one column to protect")
         for names, what in ((self.protected, "protected"), (self.context, "context")):
             if len(set(names)) != len(names):
                 raise InvalidInput(f"a {what} column is named twice")
@@ -111,6 +112,21 @@ def at(error: OpenKCMError, line: int, column: str | None = None) -> OpenKCMErro
     """Return the same kind of error, its message saying where."""
     where = f"line {line}" if column is None else f"line {line}, column {column!r}"
     return type(error)(f"{where}: {error}", retryable=error.retryable)
+
+
+def nothing_protected() -> InvalidInput:
+    """Return the error for a table in which no column holds an envelope."""
+    return InvalidInput("no column of this file holds protected values")
+
+
+def none_named() -> InvalidInput:
+    """Return the error for protecting no column."""
+    return InvalidInput("name at least one column to protect")
+
+
+def holds_envelopes(values: Sequence[bytes]) -> bool:
+    """Whether one of the values is an envelope."""
+    return any(value.startswith(ENVELOPE_TEXT) and is_envelope_text(value) for value in values)
 
 
 def missing_column(name: str, available: Iterable[str], hint: str = "") -> InvalidInput:
