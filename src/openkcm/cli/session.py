@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opens the vault that a command works on, and closes it again.
+
+Invariant: only ``init`` makes a vault; every other command refuses a path where there is none, so that a
+mistyped ``--vault`` cannot quietly begin a new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigurationError
+from .output import settings
+
+if TYPE_CHECKING:
+    from ..core import Core
+    from ..gateway import Gateway
+    from ..gateway.gateway import ServiceHandle
+
+
+class NoVault(ConfigurationError):
+    """There is no vault where the command looks for one."""
+
+    hint = "`openkcm init` makes one; --vault or OPENKCM_VAULT names another"
+
+
+def vault_url() -> str:
+    """Return the vault as a database URL; a path is an SQLite file."""
+    return settings.vault if "://" in settings.vault else f"sqlite:///{os.path.expanduser(settings.vault)}"
+
+
+def vault_path() -> str | None:
+    """Return the path of an SQLite vault, else None."""
+    url = vault_url()
+    return url.removeprefix("sqlite:///") if url.startswith("sqlite:///") else None
+
+
+@contextlib.contextmanager
+def open_core() -> Iterator[Core]:
+    """Open the vault.
+
+    Raises:
+        NoVault: there is none.
+    """
+    path = vault_path()
+    if path is not None and not os.path.exists(path):
+        raise NoVault(f"there is no vault at {path}")
+    from ..core import Core
+
+    core = Core.open(vault_url(), seal=seal_option())
+    try:
+        yield core
+    finally:
+        core.close()
+
+
+@contextlib.contextmanager
+def open_gateway() -> Iterator[Gateway]:
+    """Open the vault and a Gateway on it."""
+    with open_core() as core:
+        from ..gateway import Gateway
+
+        gateway = Gateway(core)
+        try:
+            yield gateway
+        finally:
+            gateway.close()
+
+
+@contextlib.contextmanager
+def open_service(tenant: str, service: str) -> Iterator[ServiceHandle]:
+    """Open the vault and the handle of one service."""
+    with open_gateway() as gateway:
+        yield gateway.service(tenant, service)
+
+
+def seal_option() -> str | None:
+    """Return the seal file that OPENKCM_SEAL names; without it, it lies beside the vault."""
+    return os.environ.get("OPENKCM_SEAL") or None
+
+
+def seal_path(vault: str) -> str:
+    """Return where the seal key of a vault lies."""
+    return seal_option() or os.path.splitext(vault)[0] + ".seal"
