@@ -98,6 +98,8 @@ def run(arguments: list[str] | None = None) -> int:
     settings.json = "--json" in (sys.argv if arguments is None else arguments)
     try:
         code = app(args=arguments, prog_name="openkcm", standalone_mode=False)
+        if code == ExitCode.INTERRUPTED:  # what Typer makes of Ctrl-C
+            raise KeyboardInterrupt
         sys.stdout.flush()
         return code if isinstance(code, int) else ExitCode.OK
     except KeyboardInterrupt:
