@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+# Everything here works from a bare clone with Python 3.11 or newer and make. `make help` lists the targets.
+
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+ARGS   ?=
+# How long each fuzz target runs under `make fuzz`.
+FUZZ_SECONDS ?= 60
+
+NATIVE_SOURCES := $(wildcard src/openkcm/_fast/*.pyx src/openkcm/_fast/*.pxd src/openkcm/_fast/*.h)
+BOOTSTRAP      := VENV=$(VENV) scripts/bootstrap
+
+# What lies on the caller's path must not stand in for what is tested here.
+unexport PYTHONPATH PYTHONHOME
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow soak lint format native debug sanitize fuzz bench wheel clean distclean
+
+help:  ## List the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
+	    printf '  make %-12s %s\n' "$$name" "$$text"; done
+
+# --- the environment: each stamp stands for a step that is done ------------------------------------------------
+
+$(VENV)/.base: pyproject.toml scripts/bootstrap
+	$(BOOTSTRAP) system
+	$(BOOTSTRAP) python pkcs11
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(BOOTSTRAP) system gdb
+	$(BOOTSTRAP) python dev
+	@touch $@
+
+$(VENV)/.native: $(VENV)/.base setup.py $(NATIVE_SOURCES)
+	@mkdir -p build
+	@echo "Building the native layer (build/native.log)"
+	@OPENKCM_BUILD=require $(BIN)/python setup.py build_ext --inplace >build/native.log 2>&1 \
+	    || { cat build/native.log; exit 1; }
+	@grep 'warning:' build/native.log || true
+	@touch $@
+
+# --- the two commands ------------------------------------------------------------------------------------------
+
+demo: $(VENV)/.native  ## Two airlines' real flights under their own root keys; one pulls the plug
+	@$(BIN)/openkcm demo $(ARGS)
+
+# Not in parallel: some tests hold a promise in seconds (a kill is seen within one), which a busy machine would break.
+test: $(VENV)/.native $(VENV)/.dev  ## The test suite, once on each backend
+	@status=0; \
+	echo "== the native backend"; \
+	OPENKCM_BACKEND=fast OPENKCM_REQUIRE_FAST=1 $(PYTEST) $(ARGS) </dev/null || status=1; \
+	echo "== the Python backend"; \
+	OPENKCM_BACKEND=python $(PYTEST) $(ARGS) </dev/null || status=1; \
+	exit $$status
+
+# --- for developers --------------------------------------------------------------------------------------------
+
+lint: $(VENV)/.dev  ## ruff check, ruff format --check and mypy --strict
+	@status=0; \
+	$(BIN)/ruff check . || status=1; \
+	$(BIN)/ruff format --check . || status=1; \
+	$(BIN)/mypy --strict src || status=1; \
+	exit $$status
+
+format: $(VENV)/.dev  ## Let ruff sort the imports and set the layout
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+
+native: $(VENV)/.native  ## Build the native layer in place
+
+test-slow: $(VENV)/.native $(VENV)/.dev  ## The tests that take minutes (a million XAES vectors and the like)
+	OPENKCM_BACKEND=fast OPENKCM_REQUIRE_FAST=1 $(PYTEST) -m slow --timeout=0 $(ARGS) </dev/null
+
+soak: $(VENV)/.native $(VENV)/.dev  ## Hours of load
+	OPENKCM_BACKEND=fast OPENKCM_REQUIRE_FAST=1 $(PYTEST) -m soak --timeout=0 $(ARGS) </dev/null
+
+# A build of its own below build/, which stands before src on the path; the tests say from where they imported.
+define special_build
+@echo "Building the native layer (build/$(1).log)"
+@mkdir -p build
+@$(2) OPENKCM_BUILD=require $(BIN)/python setup.py build --build-base build/$(1) --build-lib build/$(1)/lib \
+    >build/$(1).log 2>&1 || { cat build/$(1).log; exit 1; }
+endef
+
+debug: $(VENV)/.base $(VENV)/.dev  ## Unit tests on a build with all of Cython's checks and C assertions
+	$(call special_build,debug,OPENKCM_DEBUG=1)
+	PYTHONPATH=$(CURDIR)/build/debug/lib OPENKCM_BACKEND=fast OPENKCM_REQUIRE_FAST=1 \
+	    $(PYTEST) tests/unit $(ARGS) </dev/null
+
+# Leaks are not looked for: the interpreter itself keeps memory to its end. PYTHONMALLOC lets the sanitizer see each
+# object's bounds.
+sanitize: $(VENV)/.base $(VENV)/.dev  ## Unit and thread tests under the address and undefined-behaviour sanitizers
+	$(call special_build,sanitize,OPENKCM_SANITIZE=1)
+	PYTHONPATH=$(CURDIR)/build/sanitize/lib OPENKCM_BACKEND=fast OPENKCM_REQUIRE_FAST=1 OPENKCM_SANITIZE=1 \
+	    PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libstdc++.so)" \
+	    $(PYTEST) --timeout=1200 tests/unit $(wildcard tests/adversarial/test_threads.py) $(ARGS) </dev/null
+
+fuzz: $(VENV)/.native $(VENV)/.dev  ## Each fuzz target for FUZZ_SECONDS (default 60)
+	@set -e; for target in tests/fuzz/fuzz_*.py; do \
+	    name=$$(basename "$$target" .py); mkdir -p "build/fuzz/$$name"; \
+	    echo "== $$name"; \
+	    $(BIN)/python "$$target" "build/fuzz/$$name" "tests/fuzz/corpus/$${name#fuzz_}" \
+	        -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 $(ARGS) </dev/null; done
+
+bench: $(VENV)/.native $(VENV)/.dev  ## The figures, with pyperf
+	@set -e; for script in bench/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
+
+wheel: $(VENV)/.dev  ## A wheel for this machine and an sdist, in dist/
+	OPENKCM_BUILD=require $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python setup.py --quiet sdist
+
+clean:  ## Remove what was built, and keep the environment
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .demo src/openkcm.egg-info
+	rm -f src/openkcm/_fast/*.so src/openkcm/_fast/*.c src/openkcm/_fast/*.html $(VENV)/.native
+	find src tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## Remove the environment too
+	rm -rf $(VENV)
