@@ -55,7 +55,7 @@ def test_help_and_completion_import_nothing_heavy() -> None:
         "try: main()\n"
         "except SystemExit as end: assert not end.code, end.code\n"
         "heavy = {'sqlalchemy', 'alembic', 'cryptography', 'pkcs11', 'openkcm.core', 'openkcm.crypto'}\n"
-        "sys.exit(', '.join(sorted(heavy & set(sys.modules))))\n"
+        "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or None)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from ..errors import FormatError
 from .commands import INSIGHT, command
 
 if TYPE_CHECKING:
@@ -66,7 +67,6 @@ class Finding:
 
 def _finding(source: Any, name: str) -> Finding:
     from ..envelope import MAGIC
-    from ..errors import FormatError
     from . import files
     from .tables import ENVELOPE_TEXT
 
@@ -81,7 +81,11 @@ def _finding(source: Any, name: str) -> Finding:
         return _text_finding(stripped, name)
     if ENVELOPE_TEXT in head:
         return _table_finding(head, name)
-    raise FormatError(f"{name} is not an OpenKCM envelope, nor does it begin like a table that holds any")
+    raise _unknown(name)
+
+
+def _unknown(name: str) -> FormatError:
+    return FormatError(f"{name} is not an OpenKCM envelope, nor does it begin like a table that holds any")
 
 
 def _total(source: Any, head: bytes, size: int | None) -> int:
@@ -95,8 +99,6 @@ def _total(source: Any, head: bytes, size: int | None) -> int:
 
 
 def _text_finding(text: bytes, name: str) -> Finding:
-    from ..errors import FormatError
-
     try:
         blob = binascii.a2b_base64(text, strict_mode=True)
     except ValueError:
@@ -106,20 +108,18 @@ def _text_finding(text: bytes, name: str) -> Finding:
 
 def _binary_finding(head: bytes, total: int, written_as: str = "binary") -> Finding:
     from ..envelope import parse
-    from ..errors import FormatError
+    from ..limits import COMMITMENT_BYTES, SEGMENT_BYTES, TAG_BYTES
 
     envelope = parse(head)
     overhead = len(envelope.header)
     if envelope.kind.stream:
-        from ..gateway.streams import stream_shape
-
-        segments, size = stream_shape(total - overhead)
+        # The first segment holds the commitment too, and every segment ends with a tag.
+        segments = max(1, -(-(total - overhead - COMMITMENT_BYTES) // (SEGMENT_BYTES + TAG_BYTES)))
+        size = total - overhead - COMMITMENT_BYTES - TAG_BYTES * segments
     else:
-        from ..limits import COMMITMENT_BYTES, TAG_BYTES
-
         segments, size = None, total - overhead - COMMITMENT_BYTES - TAG_BYTES
-        if size < 0:
-            raise FormatError("the envelope is cut short")
+    if size < 0:
+        raise FormatError("the envelope is cut short")
     return Finding(
         _document(envelope, total, size, segments, written_as),
         _lines(envelope, total, size, segments, written_as),
@@ -171,10 +171,17 @@ def _lines(
 
 def _table_finding(head: bytes, name: str) -> Finding:
     """What a table's first rows say about its columns."""
+    import csv
+
     lines = head.split(b"\n")
     if len(lines) > 1:
         lines.pop()
-    kind, columns = _json_columns(lines) if lines[0].lstrip().startswith(b"{") else _csv_columns(lines)
+    try:
+        kind, columns = _json_columns(lines) if lines[0].lstrip()[:1] == b"{" else _csv_columns(lines)
+    except (ValueError, csv.Error):
+        columns = {}
+    if not columns:
+        raise _unknown(name)
     document = {"format": 1, "written_as": kind, "kind": "table", "columns": columns}
     shown = [("what", f"[bold]a protected table[/], {kind}; by its first {max(len(lines) - 1, 1):,} rows")]
     for column, about in columns.items():
@@ -208,7 +215,6 @@ def _json_columns(lines: list[bytes]) -> tuple[str, dict[str, Any]]:
 
 def _columns(values: Any) -> dict[str, Any]:
     from ..envelope import parse
-    from ..errors import FormatError
 
     columns: dict[str, Any] = {}
     for name, value in values:
