@@ -31,7 +31,11 @@ SANITIZE = os.environ.get("OPENKCM_SANITIZE") == "1"
 if MODE not in ("", "require", "pure"):
     sys.exit(f"OPENKCM_BUILD is 'require', 'pure' or not set, not {MODE!r}")
 
-WARNINGS = ["-Wall", "-Wextra", "-Wconversion"]  # with gcc 12 and Cython 3.3 the generated code needs none silenced
+WARNINGS = [
+    "-Wall",
+    "-Wextra",
+    "-Wconversion",
+]  # with gcc 12 and Cython 3.3 the generated code needs none silenced
 
 NOTICE = """
 ==================================================================================================
