@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build the native layer where that is possible, and say so loudly where it is not.
 
-Invariant: all native modules are installed or none. What a build could not do never fails an installation unless
-``OPENKCM_BUILD=require`` asks for it, and never passes unsaid.
+Invariant: all native modules are installed or none. What a build could not do never fails an installation
+unless ``OPENKCM_BUILD=require`` asks for it, and never passes unsaid.
 
 Environment:
     OPENKCM_BUILD     unset: native if it can be built; ``require``: fail without; ``pure``: do not try
@@ -31,11 +31,8 @@ SANITIZE = os.environ.get("OPENKCM_SANITIZE") == "1"
 if MODE not in ("", "require", "pure"):
     sys.exit(f"OPENKCM_BUILD is 'require', 'pure' or not set, not {MODE!r}")
 
-WARNINGS = [
-    "-Wall",
-    "-Wextra",
-    "-Wconversion",
-]  # with gcc 12 and Cython 3.3 the generated code needs none silenced
+# With gcc 12 and Cython 3.3 the generated code needs none of them silenced.
+WARNINGS = ["-Wall", "-Wextra", "-Wconversion"]
 
 NOTICE = """
 ==================================================================================================
@@ -125,8 +122,8 @@ class BuildNative(build_ext):
         """Turn each .pyx into C below the build directory, so that no stale C lies in the tree."""
         from Cython.Build import cythonize
 
-        # Cython's own defaults (bounds are checked) stay on in every build: the hot loops are on raw pointers, and
-        # whatever indexes a Python object is not where the time goes.
+        # Cython's own defaults (bounds are checked) stay on in every build: the hot loops are on raw
+        # pointers, and whatever indexes a Python object is not where the time goes.
         checks = {"nonecheck": True, "overflowcheck": True, "initializedcheck": True} if DEBUG else {}
         translated = cythonize(
             self.extensions,

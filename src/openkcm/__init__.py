@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """OpenKCM: customer-held keys at the speed of local encryption.
 
-Invariant: importing this package is cheap. The errors and the vocabulary are here at once; what needs a database or
-OpenSSL is imported when its name is first used.
+Invariant: importing this package is cheap. The errors and the vocabulary are here at once; what needs a
+database or OpenSSL is imported when its name is first used.
 
 ::
 
@@ -17,19 +17,19 @@ OpenSSL is imported when its name is first used.
 Glossary:
 
 root (L1)
-    The customer's key in the customer's KMS or HSM. OpenKCM holds its URI and may ask it to unwrap, nothing more.
+    The customer's key in the customer's KMS or HSM. OpenKCM holds its URI and may ask it to unwrap.
 tenant key (L2)
-    One a tenant and region, made by the Core; rests sealed under the seal key and, around that, under the root.
+    One a tenant and region, made by the Core; rests sealed under the seal key and, around that, the root.
 service key (L3)
     One a service, versioned, under the tenant key; wraps data keys and never leaves the Core.
 data key (L4)
     What encrypts data: one a record by default, one a subject where a subject is named. Made by the Gateway.
 seal key
-    The Core's own 32 bytes, beside the vault; the root alone cannot open a tenant key, nor can the seal key alone.
+    The Core's own 32 bytes, beside the vault. Neither it nor the root alone can open a tenant key.
 Core
     The vault: holds tenant and service keys, and is the only part that opens a wrapped key.
 Gateway
-    The factory: runs beside the application, makes data keys, encrypts, and asks the Core to open wrapped keys.
+    The factory: runs beside the application, makes data keys, encrypts, asks the Core to open wrapped keys.
 service
     One logical domain of a tenant ("payments"); a handle on it encrypts, and opens only its own envelopes.
 subject
@@ -41,7 +41,7 @@ envelope
 wrap, unwrap, rewrap
     Encrypt, decrypt or re-encrypt a key under another key.
 kill, dark, restore
-    A killed tenant is dark: its keys are zeroed and refused until an operator restores it and its root agrees.
+    A killed tenant is dark: its keys are zeroed and refused until it is restored and its root agrees.
 shred
     Destroy a key, and with it whatever it encrypted, for good.
 """
