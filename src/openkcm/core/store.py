@@ -20,30 +20,10 @@ from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.exc import DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 from ..errors import InvalidInput, StoreUnavailable
+from ..sqlite import BUSY_SECONDS, PRAGMAS, store_error
 from . import schema
 
-BUSY_SECONDS: Final = 5.0
-"""How long a writer waits for another process's write lock."""
-
-_ADVICE: Final = {
-    sqlite3.SQLITE_BUSY: ("the database is locked by another process; try again", True),
-    sqlite3.SQLITE_LOCKED: ("the database is locked by another connection; try again", True),
-    sqlite3.SQLITE_READONLY: ("the database or its folder is read-only; make both writable for this user", False),
-    sqlite3.SQLITE_FULL: ("the disk is full; nothing was changed, make room and try again", True),
-    sqlite3.SQLITE_IOERR: ("the disk failed or is full; nothing was changed, check it and try again", True),
-    sqlite3.SQLITE_CANTOPEN: ("the database file cannot be opened; check its path, folder and permissions", False),
-    sqlite3.SQLITE_CORRUPT: ("the database file is damaged; restore it from a backup", False),
-    sqlite3.SQLITE_NOTADB: ("the file is not a database; check the path", False),
-    sqlite3.SQLITE_PERM: ("the database file may not be opened by this user", False),
-}
-
-
-def store_error(error: BaseException) -> StoreUnavailable:
-    """Translate a database failure into one error that says what to do."""
-    original = getattr(error, "orig", error)
-    code = getattr(original, "sqlite_errorcode", None)
-    advice, retryable = _ADVICE.get((code or 0) & 0xFF, ("the database does not answer as it should", True))
-    return StoreUnavailable(f"the vault's store: {advice}", retryable=retryable)
+WHAT: Final = "the vault's store"
 
 
 @contextmanager
@@ -54,7 +34,7 @@ def translated() -> Iterator[None]:
     except (DBAPIError, sqlite3.Error) as error:
         if isinstance(error, sql.exc.IntegrityError):
             raise
-        raise store_error(error) from None
+        raise store_error(error, WHAT) from None
     except SQLAlchemyError as error:
         raise StoreUnavailable(f"the vault's store: unexpected {type(error).__name__}", retryable=False) from None
 
@@ -201,7 +181,7 @@ def _end(connection: Connection, statement: str) -> None:
 def _configure(connection: Any, record: Any) -> None:
     connection.isolation_level = None       # transactions are begun by name, in read and write
     cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "foreign_keys=ON"):
+    for pragma in PRAGMAS:
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 

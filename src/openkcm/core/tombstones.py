@@ -51,18 +51,18 @@ class Tombstones:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._seen = -1
-        self._verdicts: dict[tuple[bytes, bytes], bool] = {}
+        # One tuple, replaced whole: a thread must never pair old verdicts with a new version.
+        self._known: tuple[int, dict[tuple[bytes, bytes], bool]] = (-1, {})
 
     def find(self, service: Service, ids: bytes) -> frozenset[bytes]:
         """Those of the ids that are shredded."""
         wanted = split_ids(ids)
         # Asked before the store is: a commit in between makes the next look ask again.
         seen = self._store.data_version()
-        verdicts = self._verdicts
-        if seen != self._seen or len(verdicts) > _KEPT:
-            self._verdicts = verdicts = {}
-            self._seen = seen
+        version, verdicts = self._known
+        if seen != version or len(verdicts) > _KEPT:
+            verdicts = {}
+            self._known = (seen, verdicts)
         service_id = service.service_id
         unknown = [key_id for key_id in dict.fromkeys(wanted) if (service_id, key_id) not in verdicts]
         found: frozenset[bytes] = frozenset()

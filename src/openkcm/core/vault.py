@@ -86,7 +86,7 @@ class Vault:
         self._inherited = (self._roots, self.ring, self._seal)
         self.store.forget()
         self._reset()
-        self.listeners.__init__()           # type: ignore[misc]
+        self.listeners.after_fork()
 
     def close(self) -> None:
         """Zero every key and close everything."""

@@ -44,6 +44,10 @@ class Listeners:
 
         return remove
 
+    def after_fork(self) -> None:
+        """Keep the listeners, whose Gateways the child has too; another thread may have held the lock."""
+        self._lock = threading.Lock()
+
     def tell(self, event: Event) -> None:
         """Call every listener."""
         with self._lock:

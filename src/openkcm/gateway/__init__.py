@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Gateway: the factory of data keys, beside the application."""
+
+from .gateway import Gateway, ServiceHandle
+from .keystore import KeyStore, StoredKey
+from .policy import DataKeyPolicy, PoolPolicy
+
+__all__ = ["DataKeyPolicy", "Gateway", "KeyStore", "PoolPolicy", "ServiceHandle", "StoredKey"]

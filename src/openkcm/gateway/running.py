@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streams that are under way.
+
+Invariant: a stream's key can be wiped from outside at any time, and then its next segment fails with the reason:
+a kill does not wait for a large file.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..crypto import SecretKeys, StreamCipher
+from ..envelope import fixed_header, payload_aad
+from ..errors import DecryptError, SecretMemoryError, TenantDark
+from ..keys import KeyService, Kind, Service, WrappedKeys
+from .streams import Reader, Writer, open_segments, read_header, seal_segments, write_fully
+from .subjects import SubjectKeys
+
+
+class _Running:
+    __slots__ = ("__weakref__", "cipher")
+
+    def __init__(self, cipher: StreamCipher) -> None:
+        self.cipher = cipher
+
+
+class RunningStreams:
+    """The streams of one service."""
+
+    def __init__(self, core: KeyService, service: Service) -> None:
+        self._core = core
+        self._service = service
+        self._lock = threading.Lock()
+        self._epoch = 0
+        self._streams: weakref.WeakSet[_Running] = weakref.WeakSet()
+
+    def encrypt(
+        self,
+        kind: Kind,
+        keys: SecretKeys,
+        version: int,
+        data_key: bytes,
+        context: bytes,
+        source: Reader,
+        target: Writer,
+    ) -> int:
+        """Write header and segments; ``keys`` holds the one data key and is wiped."""
+        epoch = self._epoch
+        with self._run(keys, self._aad(kind, data_key, context), None, epoch) as cipher:
+            header = fixed_header(kind, self._service.service_id, version) + data_key + cipher.nonce
+            return write_fully(target, header) + seal_segments(cipher, source, target)
+
+    def decrypt(self, source: Reader, target: Writer, context: bytes, subjects: SubjectKeys) -> int:
+        """Read header and segments."""
+        epoch = self._epoch
+        envelope = read_header(source)
+        if envelope.service_id != self._service.service_id:
+            raise DecryptError
+        if envelope.kind.stored:
+            groups, failures = subjects.open_ids([envelope.data_key])
+            keys = groups[0].keys if groups else None
+        else:
+            keys, found = self._core.unwrap_keys(
+                self._service, WrappedKeys(envelope.kind, envelope.version, envelope.data_key)
+            )
+            failures = dict(found)
+        if failures or keys is None:
+            raise failures[0]
+        aad = self._aad(envelope.kind, envelope.data_key, context)
+        with self._run(keys, aad, envelope.nonce, epoch) as cipher:
+            return open_segments(cipher, source, target)
+
+    def _aad(self, kind: Kind, data_key: bytes, context: bytes) -> bytes:
+        return payload_aad(kind, self._service.service_id) + (data_key if kind.stored else b"") + context
+
+    @contextmanager
+    def _run(self, keys: SecretKeys, aad: bytes, nonce: bytes | None, epoch: int) -> Iterator[StreamCipher]:
+        cipher = StreamCipher(keys, 0, aad, nonce)
+        keys.wipe()
+        running = _Running(cipher)
+        with self._lock:
+            self._streams.add(running)
+            if epoch != self._epoch:
+                cipher.wipe()
+        try:
+            yield cipher
+        except SecretMemoryError:
+            if self._epoch == epoch or not cipher.wiped:
+                raise
+            raise TenantDark(
+                f"the tenant {self._service.tenant} went dark while the stream was running; it was stopped"
+            ) from None
+        finally:
+            cipher.wipe()
+
+    def wipe(self) -> None:
+        """Stop every stream at its next segment."""
+        with self._lock:
+            self._epoch += 1
+            streams = list(self._streams)
+        for running in streams:
+            running.cipher.wipe()

@@ -1,0 +1,492 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A handle on one service: what an application calls.
+
+Invariant: it only opens envelopes of its own service, and every way that one can fail to open looks the same
+(DecryptError) unless the bytes are no envelope (FormatError) or a key is known to be off, shredded or missing.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from time import monotonic
+from typing import Any
+
+from ..context import ABSENT, Buffer, Context, encode_context
+from ..crypto import RecordCipher, SecretKeys, generate_keys
+from ..envelope import VERSION_OFFSET, fixed_header, payload_aad
+from ..errors import DecryptError, InvalidInput, OpenKCMError, SecretMemoryError
+from ..keys import KeyService, Kind, Service, WrappedKeys
+from ..limits import KEY_ID_BYTES, WRAPPED_KEY_BYTES
+from .batches import (
+    Contexts,
+    Errors,
+    Groups,
+    as_list,
+    at_index,
+    check_errors,
+    chunks,
+    encode_contexts,
+    index_of,
+    part_of,
+    pick,
+    place_failures,
+    settle,
+)
+from .keystore import KeyStore
+from .policy import DataKeyPolicy, PoolPolicy
+from .pool import Pool, ReadyKeys, SharedKeys
+from .running import RunningStreams
+from .streams import Reader, Writer
+from .subjects import SubjectKeys
+
+
+class ServiceHandle:
+    """One service of one tenant; made by ``Gateway.service``, safe for threads."""
+
+    def __init__(
+        self, core: KeyService, store: KeyStore, service: Service, policy: DataKeyPolicy, pool: PoolPolicy
+    ) -> None:
+        self._core = core
+        self._service = service
+        self._policy = policy
+        self._pool_policy = pool
+        self._subjects = SubjectKeys(core, store, service)
+        self._inline = _cipher(Kind.INLINE, service, WRAPPED_KEY_BYTES)
+        self._stored = _cipher(Kind.STORED, service, KEY_ID_BYTES)
+        self._seal_one = self._inline.seal_one
+        self._single_use = policy.records == 1
+        self.after_fork()
+
+    @property
+    def tenant(self) -> str:
+        """The tenant's name."""
+        return self._service.tenant
+
+    @property
+    def name(self) -> str:
+        """The service's name."""
+        return self._service.name
+
+    @property
+    def service_id(self) -> bytes:
+        """The 12 random bytes that envelopes of this service carry."""
+        return self._service.service_id
+
+    def __repr__(self) -> str:
+        return f"<ServiceHandle {self._service.tenant}/{self._service.name}>"
+
+    # ---- one record ----------------------------------------------------------------------------------
+
+    def encrypt(self, data: Buffer, *, context: Context = None, subject: str | None = None) -> bytes:
+        """Encrypt one record.
+
+        Args:
+            data: bytes-like, up to 2 GiB less 1 KiB.
+            context: what must be the same again to decrypt: None, bytes, or a mapping of text to text.
+            subject: the person (or thing) whose data key to use, for ``shred``.
+
+        Raises:
+            InvalidInput, LimitExceeded: nothing was done.
+            TenantDark, RootUnavailable, StoreUnavailable: no data key was to be had.
+        """
+        encoded = ABSENT if context is None else encode_context(context)
+        if subject is not None:
+            opened = self._subjects.open([subject])
+            return self._stored.seal_one(opened.keys, 0, 0, opened.ids, encoded, data, True)
+        if not self._single_use:
+            return self._encrypt_shared([data], encoded)[0]
+        while True:
+            ready = self._pool.ready
+            if ready is None or monotonic() > ready.expires:
+                ready = self._pool.refill(ready)
+            try:
+                position = ready.positions.pop()
+                return self._seal_one(ready.keys, position, ready.version, ready.wrapped, encoded, data, True)
+            except IndexError:
+                self._pool.refill(ready)    # used up, perhaps by other threads; the next look finds new ones
+            except SecretMemoryError:
+                if not ready.keys.wiped:
+                    raise
+                # Wiped between look and use. The next round asks the Core, which says so if the tenant is dark.
+                self._pool.discard(ready)
+
+    def decrypt(self, blob: Buffer, *, context: Context = None) -> bytes:
+        """Decrypt one record.
+
+        Raises:
+            FormatError: not an envelope of a known version.
+            DecryptError: another key, context or service, or altered.
+            KeyDestroyed, KeyNotFound: the subject's data key was shredded, or is not in the key store.
+            TenantDark, RootUnavailable, StoreUnavailable: its key cannot be opened now.
+        """
+        try:
+            return bytes(self.decrypt_many([blob], context=context)[0])
+        except OpenKCMError as error:
+            error.index = None
+            raise
+
+    # ---- many records --------------------------------------------------------------------------------
+
+    def encrypt_many(
+        self,
+        records: Sequence[Buffer],
+        *,
+        context: Context = None,
+        contexts: Sequence[Context] | None = None,
+        subject: str | None = None,
+        subjects: Sequence[str] | None = None,
+        errors: Errors = "raise",
+    ) -> list[Any]:
+        """Encrypt a batch: envelopes in the order of the records.
+
+        Args:
+            records: bytes-like each.
+            context: one for all; or ``contexts``, one each.
+            subject: one for all; or ``subjects``, one each.
+            errors: "raise" makes it all or nothing, the error's ``index`` naming the record; "return" puts an error
+                in the place of each record that cannot be encrypted.
+
+        Raises:
+            as ``encrypt``.
+        """
+        in_place = check_errors(errors)
+        items = as_list(records)
+        encoded = encode_contexts(context, contexts, len(items))
+        names = _subjects(subject, subjects, len(items))
+        try:
+            return self._encrypt_all(items, encoded, names)
+        except OpenKCMError as error:
+            if not in_place or error.index is None:
+                raise
+            return self._encrypt_each(items, encoded, names)
+
+    def decrypt_many(
+        self,
+        blobs: Sequence[Buffer],
+        *,
+        context: Context = None,
+        contexts: Sequence[Context] | None = None,
+        errors: Errors = "raise",
+    ) -> list[Any]:
+        """Decrypt a batch: records in the order of the envelopes, which may be of any record kind and version.
+
+        Args:
+            errors: "raise" makes it all or nothing, the error's ``index`` naming the envelope; "return" puts an
+                error in the place of each envelope that does not open.
+
+        Raises:
+            as ``decrypt``.
+        """
+        in_place = check_errors(errors)
+        items = as_list(blobs)
+        encoded = encode_contexts(context, contexts, len(items))
+        results: list[Any] = []
+        for start, stop in chunks(items):
+            part = items if stop - start == len(items) else items[start:stop]
+            try:
+                results += self._decrypt_chunk(part, part_of(encoded, start, stop), in_place)
+            except OpenKCMError as error:
+                if error.index is not None:
+                    error.index += start
+                raise
+        return results
+
+    def rewrap_many(self, blobs: Sequence[Buffer], *, errors: Errors = "raise") -> list[Any]:
+        """Move the data keys of envelopes under the active service key; the data is not touched.
+
+        An envelope whose data key is stored comes back as it is, its key being moved in the key store.
+
+        Raises:
+            as ``decrypt``. The payload is not opened, so an altered payload is not noticed here.
+        """
+        in_place = check_errors(errors)
+        items = as_list(blobs)
+        results: list[Any] = []
+        for start, stop in chunks(items):
+            results += self._rewrap_chunk(items[start:stop], start)
+        return settle(results, in_place)
+
+    # ---- subjects ------------------------------------------------------------------------------------
+
+    def shred(self, subject: str) -> bool:
+        """Destroy a subject's data key: everything encrypted for them is unreadable, in every backup too.
+
+        Returns:
+            whether there was a key. The subject may be used again, with a new key.
+        """
+        return self._subjects.shred([subject]) > 0
+
+    def rewrap_subjects(self) -> int:
+        """Move every stored data key under the active service key; returns how many moved."""
+        return self._subjects.rewrap_all()
+
+    # ---- streams -------------------------------------------------------------------------------------
+
+    def encrypt_stream(
+        self, source: Reader, target: Writer, *, context: Context = None, subject: str | None = None
+    ) -> int:
+        """Encrypt a binary file object of any size into another, in constant memory; returns the bytes written."""
+        encoded = encode_context(context)
+        if subject is not None:
+            opened = self._subjects.open([subject])
+            return self._running.encrypt(Kind.STORED_STREAM, opened.keys, 0, opened.ids, encoded, source, target)
+        keys = generate_keys(1)
+        wrapped = self._core.wrap_keys(self._service, keys, Kind.INLINE_STREAM)
+        return self._running.encrypt(
+            Kind.INLINE_STREAM, keys, wrapped.version, wrapped.wrapped, encoded, source, target
+        )
+
+    def decrypt_stream(self, source: Reader, target: Writer, *, context: Context = None) -> int:
+        """Decrypt what ``encrypt_stream`` wrote; returns the bytes written.
+
+        Only verified bytes reach ``target``; if an error is raised they are not the whole, so throw them away.
+
+        Raises:
+            as ``decrypt``; TenantDark also in the middle, when the tenant is killed meanwhile.
+        """
+        return self._running.decrypt(source, target, encode_context(context), self._subjects)
+
+    # ---- encrypting, inside --------------------------------------------------------------------------
+
+    def _encrypt_all(self, items: list[Any], contexts: Contexts, names: list[str] | None) -> list[Any]:
+        if names is None and not self._single_use:
+            return self._encrypt_shared(items, contexts)
+        results: list[Any] = []
+        for start, stop in chunks(items):
+            whole = stop - start == len(items)
+            part = items if whole else items[start:stop]
+            encoded = part_of(contexts, start, stop)
+            try:
+                if names is None:
+                    sealed = self._seal_fresh(part, encoded)
+                else:
+                    some = names if whole or len(names) == 1 else names[start:stop]
+                    sealed = self._seal_stored(part, encoded, some)
+            except OpenKCMError as error:
+                if error.index is not None:
+                    error.index += start
+                raise
+            if whole:
+                return sealed
+            results += sealed
+        return results
+
+    def _seal_fresh(self, part: list[Any], contexts: Contexts) -> list[bytes]:
+        """A new data key for every record."""
+        keys = generate_keys(len(part))
+        wrapped = self._core.wrap_keys(self._service, keys, Kind.INLINE)
+        sealed = self._inline.seal_many(keys, None, wrapped.version, wrapped.wrapped, contexts, part)
+        keys.wipe()
+        return sealed
+
+    def _seal_stored(self, part: list[Any], contexts: Contexts, names: list[str]) -> list[bytes]:
+        """The data key of each record's subject."""
+        distinct, index = index_of(names)
+        opened = self._subjects.open(distinct)
+        sealed = self._stored.seal_many(opened.keys, index, 0, opened.ids, contexts, part)
+        opened.keys.wipe()
+        return sealed
+
+    def _encrypt_shared(self, items: list[Any], contexts: Contexts) -> list[bytes]:
+        """Data keys that serve several records each."""
+        results: list[bytes] = []
+        sizes = None if self._policy.bytes is None else [_length(item) for item in items]
+        while len(results) < len(items):
+            start = len(results)
+            key, taken = self._shared.reserve(sizes[start:] if sizes else None, len(items) - start)
+            part = items if taken == len(items) else items[start : start + taken]
+            encoded = part_of(contexts, start, start + taken)
+            try:
+                results += self._inline.seal_many(key.keys, None, key.version, key.wrapped, encoded, part)
+            except SecretMemoryError:
+                if not key.keys.wiped:
+                    raise                   # else the next round asks the Core
+            except OpenKCMError as error:
+                if error.index is not None:
+                    error.index += start
+                raise
+        return results
+
+    def _encrypt_each(self, items: list[Any], contexts: Contexts, names: list[str] | None) -> list[Any]:
+        """Find the records that cannot be encrypted and encrypt the others."""
+        results: list[Any] = []
+        for at, item in enumerate(items):
+            try:
+                some = names if names is None or len(names) == 1 else names[at : at + 1]
+                results += self._encrypt_all([item], part_of(contexts, at, at + 1), some)
+            except OpenKCMError as error:
+                if error.index is None:
+                    raise
+                results.append(at_index(error, at))
+        return results
+
+    # ---- decrypting, inside --------------------------------------------------------------------------
+
+    def _decrypt_chunk(self, blobs: list[Any], contexts: Contexts, in_place: bool) -> list[Any]:
+        gathered = self._inline.gather(blobs)
+        if gathered is not None and gathered[0]:
+            keys, failures = self._core.unwrap_keys(
+                self._service, WrappedKeys(Kind.INLINE, gathered[0], gathered[1])
+            )
+            if not failures:
+                return self._open_all(self._inline, keys, None, blobs, contexts, in_place)
+            keys.wipe()
+        elif gathered is None and (gathered := self._stored.gather(blobs)) is not None and not gathered[0]:
+            records = self._decrypt_stored(gathered[1], blobs, contexts, in_place)
+            if records is not None:
+                return records
+        groups = Groups(blobs, self._service.service_id)
+        for version, positions in groups.inline.items():
+            packed = b"".join([groups.data_keys[at] for at in positions])
+            keys, failures = self._core.unwrap_keys(self._service, WrappedKeys(Kind.INLINE, version, packed))
+            self._open_group(self._inline, keys, failures, positions, positions, blobs, contexts, groups.outcomes)
+        if groups.stored:
+            self._open_stored(groups, blobs, contexts)
+        return settle(groups.outcomes, in_place)
+
+    def _decrypt_stored(
+        self, packed: bytes, blobs: list[Any], contexts: Contexts, in_place: bool
+    ) -> list[Any] | None:
+        """Envelopes of subjects only, whose keys all open and have one version; None if it is not that simple."""
+        ids, index = index_of([packed[at : at + KEY_ID_BYTES] for at in range(0, len(packed), KEY_ID_BYTES)])
+        opened, failures = self._subjects.open_ids(ids)
+        if failures or len(opened) != 1:
+            return None
+        return self._open_all(self._stored, opened[0].keys, index, blobs, contexts, in_place)
+
+    def _open_stored(self, groups: Groups, blobs: list[Any], contexts: Contexts) -> None:
+        distinct, index = index_of([groups.data_keys[at] for at in groups.stored])
+        places: list[list[int]] = [[] for _ in distinct]
+        for local, at in enumerate(groups.stored):
+            places[index[local] if index is not None else (local if len(distinct) > 1 else 0)].append(at)
+        opened, failures = self._subjects.open_ids(distinct)
+        for place, error in failures.items():
+            for at in places[place]:
+                groups.outcomes[at] = at_index(error, at)
+        for group in opened:
+            positions = [at for place in group.positions if place not in failures for at in places[place]]
+            owners = [
+                local for local, place in enumerate(group.positions) if place not in failures for _ in places[place]
+            ]
+            self._open_group(self._stored, group.keys, {}, owners, positions, blobs, contexts, groups.outcomes)
+
+    def _open_group(
+        self,
+        cipher: RecordCipher,
+        keys: SecretKeys,
+        failures: Mapping[int, OpenKCMError],
+        owners: list[int],
+        positions: list[int],
+        blobs: list[Any],
+        contexts: Contexts,
+        outcomes: list[Any],
+    ) -> None:
+        """Open the envelopes at ``positions``; the key of each is at ``owners``, or in the same order."""
+        left = place_failures(outcomes, positions, failures)
+        if owners is positions:
+            owners = list(range(len(positions)))
+        if left:
+            index = array("I", [owners[at] for at in left])
+            places = [positions[at] for at in left]
+            opened, failed = cipher.open_many(
+                keys, index, pick(contexts, places), [blobs[at] for at in places], True
+            )
+            for at, record in zip(places, opened, strict=True):
+                outcomes[at] = record
+            for at in failed:
+                outcomes[places[at]] = DecryptError(index=places[at])
+        keys.wipe()
+
+    def _open_all(
+        self,
+        cipher: RecordCipher,
+        keys: SecretKeys,
+        index: Any,
+        blobs: list[Any],
+        contexts: Contexts,
+        in_place: bool,
+    ) -> list[Any]:
+        records, failed = cipher.open_many(keys, index, contexts, blobs, in_place)
+        keys.wipe()
+        if not failed:
+            return records
+        if not in_place:
+            raise DecryptError(index=failed[0])
+        results: list[Any] = records
+        for at in failed:
+            results[at] = DecryptError(index=at)
+        return results
+
+    # ---- rewrapping, inside --------------------------------------------------------------------------
+
+    def _rewrap_chunk(self, blobs: list[Any], start: int) -> list[Any]:
+        groups = Groups(blobs, self._service.service_id)
+        for version, positions in groups.inline.items():
+            packed = b"".join([groups.data_keys[at] for at in positions])
+            moved, failures = self._core.rewrap_keys(self._service, WrappedKeys(Kind.INLINE, version, packed))
+            head = fixed_header(Kind.INLINE, self._service.service_id, moved.version)
+            for local in place_failures(groups.outcomes, positions, failures):
+                key = moved.wrapped[local * WRAPPED_KEY_BYTES : (local + 1) * WRAPPED_KEY_BYTES]
+                blob = blobs[positions[local]]
+                groups.outcomes[positions[local]] = head + key + bytes(blob)[len(head) + len(key) :]
+        if groups.stored:
+            self._rewrap_stored(groups, blobs)
+        for outcome in groups.outcomes:
+            if isinstance(outcome, OpenKCMError) and outcome.index is not None:
+                outcome.index += start
+        return groups.outcomes
+
+    def _rewrap_stored(self, groups: Groups, blobs: list[Any]) -> None:
+        ids = list(dict.fromkeys(groups.data_keys[at] for at in groups.stored))
+        errors = dict(zip(ids, self._subjects.rewrap_ids(ids), strict=True))
+        for at in groups.stored:
+            error = errors[groups.data_keys[at]]
+            groups.outcomes[at] = bytes(blobs[at]) if error is None else at_index(error, at)
+
+    # ---- what the Gateway tells ----------------------------------------------------------------------
+
+    def wipe(self) -> None:
+        """The tenant went dark: zero every waiting, current and streaming key, and forget the wrapped ones."""
+        self.renew()
+        self._running.wipe()
+        self._subjects.forget()
+
+    def renew(self) -> None:
+        """The service key was rotated: new data keys go under the new one."""
+        self._pool.wipe()
+        self._shared.wipe()
+
+    def forget(self, ids: Sequence[bytes]) -> None:
+        """Drop cached wrapped keys of subjects that were shredded."""
+        self._subjects.forget(ids)
+
+    def after_fork(self) -> None:
+        """Start without keys and with fresh locks; what waited belongs to the parent."""
+        self._pool = Pool(self._core, self._service, self._pool_policy)
+        self._shared = SharedKeys(self._pool, self._policy)
+        self._running = RunningStreams(self._core, self._service)
+        self._subjects.after_fork()
+
+
+def _cipher(kind: Kind, service: Service, middle_bytes: int) -> RecordCipher:
+    head = fixed_header(kind, service.service_id, 0 if kind.stored else 1)[:VERSION_OFFSET]
+    return RecordCipher(head, middle_bytes, kind.stored, payload_aad(kind, service.service_id))
+
+
+def _subjects(subject: str | None, subjects: Sequence[str] | None, count: int) -> list[str] | None:
+    if subjects is None:
+        return None if subject is None else [subject]
+    if subject is not None:
+        raise InvalidInput("give subject= for all records or subjects= for each, not both")
+    names = as_list(subjects)
+    if len(names) != count:
+        raise InvalidInput(f"there are {count} records and {len(names)} subjects")
+    return names
+
+
+def _length(item: Any) -> int:
+    try:
+        return memoryview(item).nbytes
+    except TypeError:
+        return 0                            # the native layer says what is wrong with it

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named data keys in a SQLite file, the default beside an embedded vault.
+
+Invariant: full syncs before a key is acknowledged; deleted keys are overwritten. One connection under a lock
+serves all threads; a forked child opens its own.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from ..crypto import random_bytes
+from ..errors import StoreUnavailable
+from ..sqlite import BUSY_SECONDS, PRAGMAS, store_error
+from .keystore import StoredKey
+
+WHAT: Final = "the Gateway's key store"
+VERSION: Final = 1
+_CHUNK: Final = 500
+
+_SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS key_store (
+    version INTEGER NOT NULL,
+    salt BLOB NOT NULL
+);
+CREATE TABLE IF NOT EXISTS data_keys (
+    service_id BLOB NOT NULL,
+    key_id BLOB NOT NULL,
+    subject BLOB NOT NULL,
+    version INTEGER NOT NULL,
+    wrapped BLOB NOT NULL,
+    created_at TEXT NOT NULL,
+    PRIMARY KEY (service_id, key_id),
+    UNIQUE (service_id, subject)
+) WITHOUT ROWID;
+"""
+
+
+class SQLiteKeyStore:
+    """A key store in one file, made where there is none.
+
+    Args:
+        path: the file; its folder must exist.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).absolute()
+        self._lock = threading.RLock()
+        self._connection: sqlite3.Connection | None = None
+        self._closed = False
+        with self._use() as connection:
+            self._salt = _prepare(connection)
+
+    @property
+    def salt(self) -> bytes:
+        """32 random bytes, made with the store."""
+        return self._salt
+
+    def find_subjects(self, service_id: bytes, subjects: Sequence[bytes]) -> Mapping[bytes, StoredKey]:
+        """Keys by subject hash."""
+        return {key.subject: key for key in self._find("subject", service_id, subjects)}
+
+    def find_ids(self, service_id: bytes, key_ids: Sequence[bytes]) -> Mapping[bytes, StoredKey]:
+        """Keys by id."""
+        return {key.key_id: key for key in self._find("key_id", service_id, key_ids)}
+
+    def add(self, service_id: bytes, keys: Sequence[StoredKey]) -> Mapping[bytes, StoredKey]:
+        """Add keys for subjects that have none; the key that now counts for each subject."""
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        rows = [(service_id, key.key_id, key.subject, key.version, key.wrapped, at) for key in keys]
+        with self._write() as connection:
+            connection.executemany(
+                "INSERT INTO data_keys VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (service_id, subject) DO NOTHING", rows
+            )
+            return {key.subject: key for key in _find(connection, "subject", service_id, [key.subject for key in keys])}
+
+    def rewrap(self, service_id: bytes, keys: Iterable[StoredKey]) -> None:
+        """Put newly wrapped bytes in place of the old ones, unless a newer version is there."""
+        rows = [(key.version, key.wrapped, service_id, key.key_id, key.version) for key in keys]
+        with self._write() as connection:
+            connection.executemany(
+                "UPDATE data_keys SET version = ?, wrapped = ? WHERE service_id = ? AND key_id = ? AND version <= ?",
+                rows,
+            )
+
+    def remove(self, service_id: bytes, key_ids: Iterable[bytes]) -> None:
+        """Delete keys; the write-ahead log is folded in at once so that no copy is left there."""
+        with self._write() as connection:
+            connection.executemany(
+                "DELETE FROM data_keys WHERE service_id = ? AND key_id = ?",
+                [(service_id, key_id) for key_id in key_ids],
+            )
+        with self._use() as connection:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def scan(self, service_id: bytes, after: bytes, limit: int) -> list[StoredKey]:
+        """Keys in the order of their ids."""
+        with self._use() as connection:
+            rows = connection.execute(
+                "SELECT key_id, subject, version, wrapped FROM data_keys WHERE service_id = ? AND key_id > ? "
+                "ORDER BY key_id LIMIT ?",
+                (service_id, after, limit),
+            )
+            return [StoredKey(*row) for row in rows]
+
+    def count(self, service_id: bytes) -> int:
+        """How many keys the service has."""
+        with self._use() as connection:
+            row = connection.execute("SELECT count(*) FROM data_keys WHERE service_id = ?", (service_id,)).fetchone()
+            return int(row[0])
+
+    def forget(self) -> None:
+        """Open a new connection on next use; the inherited one is neither used nor closed."""
+        self._inherited = self._connection
+        self._connection = None
+        self._lock = threading.RLock()
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._closed = True
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+    def _find(self, column: str, service_id: bytes, values: Sequence[bytes]) -> list[StoredKey]:
+        with self._use() as connection:
+            return _find(connection, column, service_id, values)
+
+    @contextmanager
+    def _use(self) -> Iterator[sqlite3.Connection]:
+        try:
+            with self._lock:
+                if self._closed:
+                    raise StoreUnavailable(f"{WHAT} was closed", retryable=False)
+                if self._connection is None:
+                    self._connection = _connect(self.path)
+                yield self._connection
+        except sqlite3.Error as error:
+            raise store_error(error, WHAT) from None
+
+    @contextmanager
+    def _write(self) -> Iterator[sqlite3.Connection]:
+        with self._use() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        raise StoreUnavailable(f"{WHAT} {path} cannot be opened: {error.strerror}", retryable=False) from None
+    connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+    for pragma in PRAGMAS:
+        connection.execute(f"PRAGMA {pragma}")
+    return connection
+
+
+def _prepare(connection: sqlite3.Connection) -> bytes:
+    """Make the tables of an empty file; returns the salt."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        for statement in _SCHEMA.split(";")[:-1]:
+            connection.execute(statement)
+        row = connection.execute("SELECT version, salt FROM key_store").fetchone()
+        if row is None:
+            row = (VERSION, random_bytes(32))
+            connection.execute("INSERT INTO key_store VALUES (?, ?)", row)
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+    if row[0] != VERSION:
+        raise StoreUnavailable(f"{WHAT} has format {row[0]}; use a newer OpenKCM", retryable=False)
+    return bytes(row[1])
+
+
+def _find(connection: sqlite3.Connection, column: str, service_id: bytes, values: Sequence[bytes]) -> list[StoredKey]:
+    found: list[StoredKey] = []
+    for start in range(0, len(values), _CHUNK):
+        part = values[start : start + _CHUNK]
+        marks = ",".join("?" * len(part))
+        arguments: list[Any] = [service_id, *part]
+        rows = connection.execute(
+            f"SELECT key_id, subject, version, wrapped FROM data_keys WHERE service_id = ? AND {column} IN ({marks})",
+            arguments,
+        )
+        found.extend(StoredKey(*row) for row in rows)
+    return found

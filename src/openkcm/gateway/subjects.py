@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named data keys: one for each subject, kept wrapped in the key store.
+
+Invariant: a subject's key is opened by the Core for every use, so a shred that another process made is seen
+before anything is encrypted under the old key; and a key is durable in the store before a record under it is
+returned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Final
+
+from .. import crypto
+from ..crypto import SecretKeys
+from ..errors import KeyDestroyed, KeyNotFound, OpenKCMError
+from ..keys import KeyService, Kind, Service, WrappedKeys, check_subject
+from ..limits import KEY_ID_BYTES, WRAPPED_KEY_BYTES
+from .keystore import KeyStore, StoredKey
+
+CACHED: Final = 65_536
+"""Wrapped keys kept in memory for each service."""
+
+_TRIES: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class OpenKeys:
+    """Data keys that are open: ``ids`` packs the id of each."""
+
+    keys: SecretKeys
+    ids: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class OpenGroup:
+    """Data keys that are open, and the position each has in what was asked for."""
+
+    keys: SecretKeys
+    positions: list[int]
+
+
+class SubjectKeys:
+    """The named data keys of one service."""
+
+    def __init__(self, core: KeyService, store: KeyStore, service: Service) -> None:
+        self._core = core
+        self._store = store
+        self._service = service
+        self._lock = threading.Lock()
+        self._by_subject: dict[bytes, StoredKey] = {}
+        self._by_id: dict[bytes, StoredKey] = {}
+
+    # ---- for encrypting ------------------------------------------------------------------------------
+
+    def open(self, subjects: Sequence[str]) -> OpenKeys:
+        """Open the keys of distinct subjects, in their order, making those that there are not yet."""
+        hashes = [self.hash(subject) for subject in subjects]
+        for _ in range(_TRIES):
+            found = self._find_or_make(hashes)
+            opened, destroyed = self._unwrap([found[each] for each in hashes])
+            if opened is not None:
+                return opened
+            self._drop_destroyed(destroyed)
+        raise KeyDestroyed("the subject's key is destroyed, again and again; somebody else shreds it at the same time")
+
+    def hash(self, subject: str) -> bytes:
+        """The subject as the store knows it: SHA-256 of salt, service id and name."""
+        check_subject(subject)
+        return hashlib.sha256(self._store.salt + self._service.service_id + subject.encode()).digest()
+
+    def _find_or_make(self, hashes: Sequence[bytes]) -> Mapping[bytes, StoredKey]:
+        found = {each: key for each in hashes if (key := self._by_subject.get(each)) is not None}
+        missing = [each for each in hashes if each not in found]
+        if missing:
+            stored = self._store.find_subjects(self._service.service_id, missing)
+            found.update(stored)
+            fresh = [each for each in missing if each not in stored]
+            if fresh:
+                found.update(self._make(fresh))
+            self._remember(found[each] for each in missing)
+        return found
+
+    def _make(self, hashes: Sequence[bytes]) -> Mapping[bytes, StoredKey]:
+        count = len(hashes)
+        ids = crypto.random_bytes(count * KEY_ID_BYTES)
+        keys = crypto.generate_keys(count)
+        wrapped = self._core.wrap_keys(self._service, keys, Kind.STORED, ids)
+        keys.wipe()
+        return self._store.add(self._service.service_id, _split(wrapped, hashes))
+
+    def _unwrap(self, stored: Sequence[StoredKey]) -> tuple[OpenKeys | None, list[StoredKey]]:
+        """Open keys that all must open; else the destroyed ones are returned."""
+        version = stored[0].version
+        if any(key.version != version for key in stored):
+            self.rewrap(stored)
+            stored = [self._by_id.get(key.key_id, key) for key in stored]
+            version = stored[0].version
+            if any(key.version != version for key in stored):
+                return None, []             # rotated once more in between; the caller looks again
+        wrapped = _pack(stored, version)
+        keys, failures = self._core.unwrap_keys(self._service, wrapped)
+        if not failures:
+            return OpenKeys(keys, wrapped.ids), []
+        keys.wipe()
+        for error in failures.values():
+            if type(error) is not KeyDestroyed:
+                raise error
+        return None, [stored[at] for at in failures]
+
+    def _drop_destroyed(self, destroyed: Sequence[StoredKey]) -> None:
+        """Forget keys that do not open any more; those that were shredded leave the store too."""
+        if not destroyed:
+            return
+        ids = [key.key_id for key in destroyed]
+        self.forget(ids)
+        gone = self._core.shredded(self._service, b"".join(ids))
+        if len(gone) < len(set(ids)):
+            raise KeyDestroyed("the service key that wraps this subject's data key was destroyed")
+        self._store.remove(self._service.service_id, gone)
+
+    # ---- for decrypting ------------------------------------------------------------------------------
+
+    def open_ids(self, ids: Sequence[bytes]) -> tuple[list[OpenGroup], dict[int, OpenKCMError]]:
+        """Open keys by distinct ids.
+
+        Returns one group for each service key version among them, and the error of each position whose key did
+        not open.
+        """
+        found = {each: key for each in ids if (key := self._by_id.get(each)) is not None}
+        missing = [each for each in ids if each not in found]
+        if missing:
+            stored = self._store.find_ids(self._service.service_id, missing)
+            self._remember(stored.values())
+            found.update(stored)
+        failures = self._explain([(at, each) for at, each in enumerate(ids) if each not in found])
+        versions: dict[int, list[int]] = {}
+        for at, each in enumerate(ids):
+            if each in found:
+                versions.setdefault(found[each].version, []).append(at)
+        groups = []
+        for version, positions in versions.items():
+            wrapped = _pack([found[ids[at]] for at in positions], version)
+            keys, failed = self._core.unwrap_keys(self._service, wrapped)
+            failures.update((positions[at], error) for at, error in failed.items())
+            groups.append(OpenGroup(keys, positions))
+        return groups, failures
+
+    def _explain(self, missing: list[tuple[int, bytes]]) -> dict[int, OpenKCMError]:
+        if not missing:
+            return {}
+        gone = self._core.shredded(self._service, b"".join(key_id for _, key_id in missing))
+        return {
+            at: KeyDestroyed("this subject's data key was shredded; what it encrypted cannot be read again")
+            if key_id in gone
+            else KeyNotFound("this subject's data key is not in the key store; check that it is the right store")
+            for at, key_id in missing
+        }
+
+    # ---- upkeep --------------------------------------------------------------------------------------
+
+    def rewrap(self, stored: Sequence[StoredKey]) -> int:
+        """Move keys under the active service key, in the store as well; returns how many moved."""
+        moved: list[StoredKey] = []
+        for version in sorted({key.version for key in stored}):
+            group = [key for key in stored if key.version == version]
+            wrapped, failures = self._core.rewrap_keys(self._service, _pack(group, version))
+            for error in failures.values():
+                if type(error) is not KeyDestroyed:
+                    raise error
+            if wrapped.version == version:
+                continue
+            fresh = _split(wrapped, [key.subject for key in group])
+            moved.extend(key for at, key in enumerate(fresh) if at not in failures)
+        if moved:
+            self._store.rewrap(self._service.service_id, moved)
+            self._remember(moved)
+        return len(moved)
+
+    def rewrap_ids(self, ids: Sequence[bytes]) -> list[OpenKCMError | None]:
+        """Move the keys of these distinct ids under the active service key; the error of each that could not be."""
+        found = self._store.find_ids(self._service.service_id, ids)
+        missing = self._explain([(at, each) for at, each in enumerate(ids) if each not in found])
+        gone = self._core.shredded(self._service, b"".join(ids))
+        self.rewrap([key for key in found.values() if key.key_id not in gone])
+        shredded = KeyDestroyed("this subject's data key was shredded; what it encrypted cannot be read again")
+        return [missing.get(at) or (shredded if each in gone else None) for at, each in enumerate(ids)]
+
+    def rewrap_all(self) -> int:
+        """Move every stored key under the active service key; returns how many moved."""
+        after, moved = b"", 0
+        while part := self._store.scan(self._service.service_id, after, 4096):
+            after = part[-1].key_id
+            moved += self.rewrap(part)
+        return moved
+
+    def shred(self, subjects: Sequence[str]) -> int:
+        """Destroy the keys of subjects: tombstones first, then the rows. Returns how many there were."""
+        hashes = [self.hash(subject) for subject in subjects]
+        ids = [key.key_id for key in self._store.find_subjects(self._service.service_id, hashes).values()]
+        if ids:
+            self._core.shred_keys(self._service, b"".join(ids))
+            self.forget(ids)
+            self._store.remove(self._service.service_id, ids)
+        return len(ids)
+
+    def after_fork(self) -> None:
+        """Another thread of the parent may have held the lock."""
+        self._lock = threading.Lock()
+
+    def forget(self, ids: Sequence[bytes] | None = None) -> None:
+        """Drop cached wrapped keys: these, or all."""
+        with self._lock:
+            if ids is None:
+                self._by_id.clear()
+                self._by_subject.clear()
+                return
+            for key_id in ids:
+                key = self._by_id.pop(key_id, None)
+                if key is not None and self._by_subject.get(key.subject) is key:
+                    del self._by_subject[key.subject]
+
+    def _remember(self, keys: Iterable[StoredKey]) -> None:
+        with self._lock:
+            for key in keys:
+                self._by_id[key.key_id] = self._by_subject[key.subject] = key
+            if len(self._by_id) > CACHED:
+                for key_id in list(islice(self._by_id, len(self._by_id) - CACHED // 2)):
+                    old = self._by_id.pop(key_id)
+                    self._by_subject.pop(old.subject, None)
+
+
+def _pack(keys: Sequence[StoredKey], version: int) -> WrappedKeys:
+    return WrappedKeys(
+        Kind.STORED, version, b"".join([key.wrapped for key in keys]), b"".join([key.key_id for key in keys])
+    )
+
+
+def _split(wrapped: WrappedKeys, subjects: Sequence[bytes]) -> list[StoredKey]:
+    return [
+        StoredKey(
+            wrapped.ids[at * KEY_ID_BYTES : (at + 1) * KEY_ID_BYTES],
+            subject,
+            wrapped.version,
+            wrapped.wrapped[at * WRAPPED_KEY_BYTES : (at + 1) * WRAPPED_KEY_BYTES],
+        )
+        for at, subject in enumerate(subjects)
+    ]
