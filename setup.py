@@ -22,6 +22,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
 
 NATIVE = Path("src/openkcm/_fast")
 MODE = os.environ.get("OPENKCM_BUILD", "")
@@ -44,8 +45,9 @@ NOTICE = """
   NOT kept out of the Python heap (docs/security.md). `openkcm doctor` repeats this.
 
   For the native backend install a C compiler, Python's headers and OpenSSL 3's headers
-  (Debian/Ubuntu: apt-get install gcc python3-dev libssl-dev), then install OpenKCM again.
-  OPENKCM_BUILD=require turns this notice into an error; OPENKCM_BUILD=pure means it was wanted.
+  (Debian/Ubuntu: apt-get install gcc python3-dev libssl-dev), then install OpenKCM again with
+  pip's --force-reinstall --no-cache-dir, so that pip does not take the wheel it made just now.
+  OPENKCM_BUILD=require turns this notice into an error; OPENKCM_BUILD=pure leaves it out.
 ==================================================================================================
 """
 
@@ -59,6 +61,17 @@ def shout(text: str) -> None:
                 terminal.write(text)
         except OSError:
             pass  # nobody is watching; `openkcm doctor` says it again
+
+
+def explain(error: Exception) -> str:
+    """Put what stopped a native build into one line."""
+    if isinstance(error, CompileError):
+        if "No such file" in str(error) or shutil.which("cc") is None:
+            return "there is no C compiler"
+        return "a native module does not compile; mostly a header is missing (pip install -v shows which)"
+    if isinstance(error, LinkError):
+        return "a native module does not link with libcrypto (pip install -v shows why)"
+    return f"{type(error).__name__}: {error}".splitlines()[0][:90]
 
 
 def libcrypto() -> tuple[list[str], list[str]]:
@@ -116,7 +129,7 @@ class BuildNative(build_ext):
         except Exception as error:  # whatever a missing tool raises: the installation goes on without
             if asked_for:
                 raise
-            self.give_up(f"{type(error).__name__}: {error}".strip().splitlines()[0])
+            self.give_up(explain(error))
 
     def translate(self) -> None:
         """Turn each .pyx into C below the build directory, so that no stale C lies in the tree."""
