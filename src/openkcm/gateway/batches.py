@@ -50,7 +50,8 @@ def encode_contexts(context: Context, contexts: Sequence[Context] | None, count:
     each = as_list(contexts)
     if len(each) != count:
         raise InvalidInput(f"there are {count} records and {len(each)} contexts")
-    return [encode_context(one) for one in each]
+    encoded: dict[int, bytes] = {}          # one object for many records, as a table has, is encoded once
+    return [encoded.get(id(one)) or encoded.setdefault(id(one), encode_context(one)) for one in each]
 
 
 def part_of(contexts: Contexts, start: int, stop: int) -> Contexts:
