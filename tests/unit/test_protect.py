@@ -36,11 +36,10 @@ class Visible:
         self,
         records: Sequence[bytes],
         *,
-        context: Mapping[str, str] | None = None,
         contexts: Sequence[Mapping[str, str]] | None = None,
         subjects: Sequence[str] | None = None,
     ) -> list[bytes]:
-        every = contexts if contexts is not None else [context or {}] * len(records)
+        every = contexts if contexts is not None else [{}] * len(records)
         names = subjects if subjects is not None else [""] * len(records)
         for index, record in enumerate(records):
             if record == b"too long":
@@ -54,11 +53,10 @@ class Visible:
         self,
         blobs: Sequence[bytes],
         *,
-        context: Mapping[str, str] | None = None,
         contexts: Sequence[Mapping[str, str]] | None = None,
         errors: str = "raise",
     ) -> list[Any]:
-        every = contexts if contexts is not None else [context or {}] * len(blobs)
+        every = contexts if contexts is not None else [{}] * len(blobs)
         outcomes: list[bytes | OpenKCMError] = []
         for index, (about, blob) in enumerate(zip(every, blobs, strict=True)):
             name, bound, record = show(blob)

@@ -23,13 +23,13 @@ from .tables import (
     ColumnCipher,
     Columns,
     Counts,
+    Part,
     RowContext,
     check_subjects,
     holds_envelopes,
     missing_column,
     none_named,
     nothing_protected,
-    refuse_envelopes,
 )
 
 LINES_PER_BLOCK: Final = 1024
@@ -288,27 +288,32 @@ class NdjsonTable:
 
     def _protect_lines(self, lines: list[Line]) -> None:
         columns = self._columns
-        for name in columns.protected:
-            chosen = self._with_value(lines, name)
-            values, numbers = [line.raw(name).encode() for line in chosen], [line.number for line in chosen]
-            if ENVELOPE_TEXT in b" ".join(values):
-                refuse_envelopes(name, [value.strip(b'"') for value in values], numbers)
-            subjects = None
-            if columns.subject is not None:
-                subjects = [line.plain(columns.subject) for line in chosen]
-                check_subjects(subjects, numbers, columns.subject)
-            texts = self._cipher.protect(name, values, numbers, subjects, self._row_contexts(chosen))
-            for line, text in zip(chosen, texts, strict=True):
+        chosen = {name: self._with_value(lines, name) for name in columns.protected}
+        parts = [
+            self._part(name, some, [line.raw(name).encode() for line in some])
+            for name, some in chosen.items()
+        ]
+        if columns.subject is not None:
+            for part, some in zip(parts, chosen.values(), strict=True):
+                part.subjects = [line.plain(columns.subject) for line in some]
+                check_subjects(part.subjects, part.lines, columns.subject)
+        for (name, some), texts in zip(chosen.items(), self._cipher.protect(parts), strict=True):
+            for line, text in zip(some, texts, strict=True):
                 line.edit(name, f'"{text.decode()}"')
 
     def _unprotect_lines(self, lines: list[Line]) -> None:
-        for name in self._columns.protected:
-            chosen = self._with_value(lines, name)
-            numbers = [line.number for line in chosen]
-            values = [self._envelope_text(line, name) for line in chosen]
-            texts = self._cipher.unprotect(name, values, numbers, self._row_contexts(chosen))
-            for line, text, value in zip(chosen, texts, values, strict=True):
+        chosen = {name: self._with_value(lines, name) for name in self._columns.protected}
+        parts = [
+            self._part(name, some, [self._envelope_text(line, name) for line in some])
+            for name, some in chosen.items()
+        ]
+        for part, texts in zip(parts, self._cipher.unprotect(parts), strict=True):
+            name = part.column
+            for line, text, value in zip(chosen[name], texts, part.values, strict=True):
                 line.edit(name, self._json_text(line, name, text, value))
+
+    def _part(self, name: str, lines: list[Line], values: list[bytes]) -> Part:
+        return Part(name, values, [line.number for line in lines], None, self._row_contexts(lines))
 
     def _envelope_text(self, line: Line, name: str) -> bytes:
         value = line.fields[name].value

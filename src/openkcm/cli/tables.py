@@ -14,9 +14,10 @@ from __future__ import annotations
 import binascii
 import enum
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, BinaryIO, Final, Protocol
+from itertools import chain, compress
+from typing import Any, BinaryIO, Final, Literal, Protocol, TypeVar
 
 from ..envelope import parse
 from ..errors import FormatError, InvalidInput, KeyDestroyed, OpenKCMError
@@ -26,6 +27,11 @@ ENVELOPE_TEXT: Final = b"T0tDA"
 """How the base64 text of every envelope begins: the magic ``4F 4B 43 01``, 30 bits of it."""
 
 SHREDDED_TEXT: Final = b"[shredded]"
+
+CONTEXTS_KEPT: Final = 100_000
+"""Distinct contexts remembered, so that equal ones stay one object."""
+
+T = TypeVar("T")
 
 RowContext = tuple[tuple[str, str], ...]
 """The pairs that a row adds to the contexts of its values."""
@@ -41,7 +47,6 @@ class RecordService(Protocol):
         self,
         records: Sequence[bytes],
         *,
-        context: Mapping[str, str] | None = None,
         contexts: Sequence[Mapping[str, str]] | None = None,
         subjects: Sequence[str] | None = None,
     ) -> list[bytes]:
@@ -51,9 +56,8 @@ class RecordService(Protocol):
         self,
         blobs: Sequence[bytes],
         *,
-        context: Mapping[str, str] | None = None,
         contexts: Sequence[Mapping[str, str]] | None = None,
-        errors: str = "raise",
+        errors: Literal["raise", "return"] = "raise",
     ) -> list[Any]:
         """Decrypt envelopes; with ``errors="return"`` an error stands at each position that failed."""
 
@@ -136,154 +140,183 @@ def missing_column(name: str, available: Iterable[str], hint: str = "") -> Inval
 
 
 @dataclass(slots=True)
-class ColumnCipher:
-    """Encrypts and decrypts one column of a block of rows at a time.
+class Part:
+    """The values of one column in a block of rows.
 
-    ``lines[i]`` is the line of value i, for messages; ``rows[i]`` what its row adds to the context, and None
-    when no row adds anything.
+    ``lines[i]`` is the line of value i, for messages; ``rows[i]`` what its row adds to the context, None when
+    no row adds anything; ``subjects[i]`` whose value it is, "" for nobody, None when no row has a subject.
     """
 
-    service: RecordService
-    shredded: Shredded = Shredded.FAIL
-    counts: Counts = field(default_factory=Counts)
-    _contexts: dict[tuple[str, RowContext], dict[str, str]] = field(default_factory=dict)
+    column: str
+    values: Sequence[bytes]
+    lines: Sequence[int]
+    subjects: Sequence[str] | None = None
+    rows: Sequence[RowContext] | None = None
 
-    def protect(
-        self,
-        column: str,
-        values: Sequence[bytes],
-        lines: Sequence[int],
-        subjects: Sequence[str] | None = None,
-        rows: Sequence[RowContext] | None = None,
-    ) -> list[bytes]:
-        """Return the base64 text of each value's envelope; an empty subject means none.
+
+class ColumnCipher:
+    """Encrypts and decrypts the protected columns of a block of rows, in one call of the service."""
+
+    def __init__(self, service: RecordService, shredded: Shredded = Shredded.FAIL) -> None:
+        self._service = service
+        self._shredded = shredded
+        self._contexts: dict[tuple[str, RowContext], dict[str, str]] = {}
+        self.counts = Counts()
+
+    def protect(self, parts: Sequence[Part]) -> list[list[bytes]]:
+        """Return the base64 text of each value's envelope, part by part.
 
         Raises:
             InvalidInput: a value is an envelope already.
             OpenKCMError: what the service raised, with the line.
         """
+        for part in parts:
+            if ENVELOPE_TEXT in b" ".join(part.values):
+                _refuse_envelopes(part)
+        values = _flat([part.values for part in parts])
+        contexts = self._all_contexts(parts)
         self.counts.values += len(values)
-        if subjects is None or not all(subjects):
-            return self._protect_some(column, values, lines, subjects, rows)
-        return list(map(to_text, self._encrypt(column, values, lines, subjects, rows)))
+        if not values:
+            return [[] for _ in parts]
+        if parts[0].subjects is None:
+            return _like(parts, self._encrypt(parts, range(len(values)), values, contexts, None))
+        subjects = _flat([part.subjects or () for part in parts])
+        return _like(parts, self._encrypt_for(parts, values, contexts, subjects))
 
-    def _protect_some(
-        self,
-        column: str,
-        values: Sequence[bytes],
-        lines: Sequence[int],
-        subjects: Sequence[str] | None,
-        rows: Sequence[RowContext] | None,
+    def _encrypt_for(
+        self, parts: Sequence[Part], values: list[bytes], contexts: list[dict[str, str]], subjects: list[str]
     ) -> list[bytes]:
-        """Protect values of which some, or all, have no subject and so a data key of their own."""
-        if subjects is None:
-            return list(map(to_text, self._encrypt(column, values, lines, None, rows)))
-        texts: list[bytes] = [b""] * len(values)
-        named = [i for i, subject in enumerate(subjects) if subject]
-        unnamed = [i for i, subject in enumerate(subjects) if not subject]
-        for places, names in ((named, [subjects[i] for i in named]), (unnamed, None)):
-            if places:
-                blobs = self._encrypt(
-                    column,
-                    [values[i] for i in places],
-                    [lines[i] for i in places],
-                    names,
-                    None if rows is None else [rows[i] for i in places],
-                )
-                for place, blob in zip(places, blobs, strict=True):
-                    texts[place] = to_text(blob)
-        self.counts.without_subject += len(unnamed)
+        """Encrypt values that mostly have a subject; those that have none get a data key of their own."""
+        if all(subjects):
+            return self._encrypt(parts, range(len(values)), values, contexts, subjects)
+        nobody = [place for place, subject in enumerate(subjects) if not subject]
+        self.counts.without_subject += len(nobody)
+        texts: list[bytes] = []
+        if len(nobody) < len(values):
+            some = [
+                list(compress(each, subjects)) for each in (range(len(values)), values, contexts, subjects)
+            ]
+            texts = self._encrypt(parts, *some)  # type: ignore[arg-type]
+        others = self._encrypt(
+            parts, nobody, [values[place] for place in nobody], [contexts[place] for place in nobody], None
+        )
+        for place, text in zip(nobody, others, strict=True):
+            texts.insert(place, text)  # in ascending order, so that each lands where it belongs
         return texts
 
     def _encrypt(
         self,
-        column: str,
-        values: Sequence[bytes],
-        lines: Sequence[int],
-        subjects: Sequence[str] | None,
-        rows: Sequence[RowContext] | None,
+        parts: Sequence[Part],
+        places: Sequence[int],
+        values: list[bytes],
+        contexts: list[dict[str, str]],
+        subjects: list[str] | None,
     ) -> list[bytes]:
-        arguments: dict[str, Any] = self._context(column, rows)
-        if subjects is not None:
-            arguments["subjects"] = subjects
         try:
-            return self.service.encrypt_many(values, **arguments)
+            if subjects is None:
+                blobs = self._service.encrypt_many(values, contexts=contexts)
+            else:
+                blobs = self._service.encrypt_many(values, contexts=contexts, subjects=subjects)
         except OpenKCMError as error:
             if error.index is None:
                 raise
-            raise at(error, lines[error.index], column) from error
+            raise at(error, *_place(parts, places[error.index])) from error
+        return list(map(to_text, blobs))
 
-    def unprotect(
-        self,
-        column: str,
-        values: Sequence[bytes],
-        lines: Sequence[int],
-        rows: Sequence[RowContext] | None = None,
-    ) -> list[bytes | None]:
-        """Return the plaintext of each value; None where it was shredded and is to be left blank.
+    def unprotect(self, parts: Sequence[Part]) -> list[list[bytes | None]]:
+        """Return the plaintext of each value, part by part; None where it was shredded and is left blank.
 
         Raises:
             FormatError: a value is not the base64 text of an envelope.
             OpenKCMError: what the service raised, with the line.
         """
+        values = _flat([part.values for part in parts])
         self.counts.values += len(values)
         try:
             blobs = list(map(_from_text, values))
         except ValueError:
-            raise _first_bad_text(values, lines, column) from None
-        context = self._context(column, rows)
+            raise _first_bad_text(parts, values) from None
+        contexts = self._all_contexts(parts)
         try:
-            return self.service.decrypt_many(blobs, **context)
+            return _like(parts, self._service.decrypt_many(blobs, contexts=contexts) if blobs else [])
         except KeyDestroyed as error:
-            if self.shredded is Shredded.FAIL:
-                raise self._destroyed(error, column, lines) from error
+            if self._shredded is Shredded.FAIL or error.index is None:
+                raise _destroyed(error, parts) from error
         except OpenKCMError as error:
             if error.index is None:
                 raise
-            raise at(error, lines[error.index], column) from error
-        return self._without_shredded(column, values, blobs, lines, context)
+            raise at(error, *_place(parts, error.index)) from error
+        return _like(parts, self._without_shredded(parts, values, blobs, contexts))
 
     def _without_shredded(
         self,
-        column: str,
-        values: Sequence[bytes],
+        parts: Sequence[Part],
+        values: list[bytes],
         blobs: list[bytes],
-        lines: Sequence[int],
-        context: dict[str, Any],
+        contexts: list[dict[str, str]],
     ) -> list[bytes | None]:
         texts: list[bytes | None] = []
-        outcomes = self.service.decrypt_many(blobs, errors="return", **context)
+        outcomes = self._service.decrypt_many(blobs, contexts=contexts, errors="return")
         for place, outcome in enumerate(outcomes):
             if not isinstance(outcome, OpenKCMError):
                 texts.append(outcome)
             elif isinstance(outcome, KeyDestroyed):
                 self.counts.shredded += 1
-                texts.append({Shredded.KEEP: values[place], Shredded.MARK: SHREDDED_TEXT}.get(self.shredded))
+                texts.append({Shredded.KEEP: values[place], Shredded.MARK: SHREDDED_TEXT}.get(self._shredded))
             else:
-                raise at(outcome, lines[place], column)
+                raise at(outcome, *_place(parts, place))
         return texts
 
-    def _destroyed(self, error: KeyDestroyed, column: str, lines: Sequence[int]) -> OpenKCMError:
-        if error.index is None:
-            return error
-        return type(error)(
-            f"line {lines[error.index]}, column {column!r}: the data key of this value was shredded; "
-            "--shredded blank, mark or keep carries on without such values"
-        )
+    def _all_contexts(self, parts: Sequence[Part]) -> list[dict[str, str]]:
+        """The context of every value; equal ones are one object, which is then encoded once a call."""
+        contexts: list[dict[str, str]] = []
+        for part in parts:
+            if part.rows is None:
+                contexts += [self._context(part.column, ())] * len(part.values)
+            else:
+                contexts += [self._context(part.column, row) for row in part.rows]
+        return contexts
 
-    def _context(self, column: str, rows: Sequence[RowContext] | None) -> dict[str, Any]:
-        if rows is None:
-            return {"context": {"column": column}}
+    def _context(self, column: str, row: RowContext) -> dict[str, str]:
         known = self._contexts
-        if len(known) > 100_000:
-            known.clear()
-        contexts = []
-        for row in rows:
-            context = known.get((column, row))
-            if context is None:
-                context = known[column, row] = {"column": column, **dict(row)}
-            contexts.append(context)
-        return {"contexts": contexts}
+        context = known.get((column, row))
+        if context is None:
+            if len(known) >= CONTEXTS_KEPT:
+                known.clear()
+            context = known[column, row] = {"column": column, **dict(row)}
+        return context
+
+
+def _flat(sequences: Sequence[Sequence[T]]) -> list[T]:
+    return list(chain.from_iterable(sequences))
+
+
+def _like(parts: Sequence[Part], results: list[T]) -> list[list[T]]:
+    """Cut results as the parts are cut."""
+    cut, start = [], 0
+    for part in parts:
+        cut.append(results[start : start + len(part.values)])
+        start += len(part.values)
+    return cut
+
+
+def _place(parts: Sequence[Part], place: int) -> tuple[int, str]:
+    """The line and column of a value, counted through all parts."""
+    for part in parts:
+        if place < len(part.values):
+            return part.lines[place], part.column
+        place -= len(part.values)
+    raise IndexError(place)
+
+
+def _destroyed(error: KeyDestroyed, parts: Sequence[Part]) -> OpenKCMError:
+    if error.index is None:
+        return error
+    line, column = _place(parts, error.index)
+    return type(error)(
+        f"line {line}, column {column!r}: the data key of this value was shredded; --shredded blank, mark or "
+        "keep carries on without such values"
+    )
 
 
 def check_subjects(subjects: Iterable[str], lines: Sequence[int], column: str) -> None:
@@ -300,17 +333,16 @@ def check_subjects(subjects: Iterable[str], lines: Sequence[int], column: str) -
                 raise at(error, lines[place], column) from error
 
 
-def refuse_envelopes(column: str, values: Sequence[bytes], lines: Sequence[int]) -> None:
-    """Refuse values that are envelopes already.
-
-    Raises:
-        InvalidInput: one is.
-    """
-    for place, value in enumerate(values):
-        if value.startswith(ENVELOPE_TEXT) and is_envelope_text(value):
-            raise InvalidInput(
-                f"line {lines[place]}, column {column!r}: the value is protected already; unprotect the file "
-                "first, or leave this column out"
+def _refuse_envelopes(part: Part) -> None:
+    for line, value in zip(part.lines, part.values, strict=True):
+        text = value.strip(b'"')  # a JSON text has its quotes
+        if text.startswith(ENVELOPE_TEXT) and is_envelope_text(text):
+            raise at(
+                InvalidInput(
+                    "the value is protected already; unprotect the file first, or leave this column out"
+                ),
+                line,
+                part.column,
             )
 
 
@@ -323,13 +355,14 @@ def is_envelope_text(value: bytes) -> bool:
     return True
 
 
-def _first_bad_text(values: Sequence[bytes], lines: Sequence[int], column: str) -> OpenKCMError:
+def _first_bad_text(parts: Sequence[Part], values: Sequence[bytes]) -> OpenKCMError:
+    error = FormatError("not a protected value (base64 of an envelope)")
     for place, value in enumerate(values):
         try:
             _from_text(value)
         except ValueError:
-            return at(FormatError("not a protected value (base64 of an envelope)"), lines[place], column)
-    return FormatError(f"column {column!r} holds a value that is not protected")
+            return at(error, *_place(parts, place))
+    return error
 
 
 class Table(Protocol):
