@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one door to cryptography: picks the backend once and gives both the same names."""
+"""The one door to cryptography: picks a backend once, and gives both the same names.
+
+Invariant: ``OPENKCM_BACKEND`` is obeyed or raises. Without it the native backend is used where it was built, and
+``backend_info`` and ``openkcm doctor`` say when it was not. A processor without AES instructions is refused unless
+``OPENKCM_ALLOW_SOFTWARE_AES=1`` says that its speed and its timing leaks are accepted.
+"""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import (
     BackendUnavailable,
@@ -15,23 +22,129 @@ from ..errors import (
     SecretMemoryError,
 )
 
-_choice = os.environ.get("OPENKCM_BACKEND", "")
-if _choice not in ("", "fast", "python"):
-    raise BackendUnavailable("OPENKCM_BACKEND is 'fast' or 'python', or not set")
-_reason = ""
-if _choice == "python":
-    from .pure import *
-    backend = "python"
-else:
-    from .._fast.secret import (
-        SecretKeys, WrappingKey, generate_keys, generate_wrapping_key, import_keys, import_wrapping_key,
-        install_errors, random_bytes, read_wrapping_key, secret_memory_info, write_wrapping_key,
+if TYPE_CHECKING:
+    from .pure import (
+        SecretKeys,
+        WrappingKey,
+        _gcm_open,
+        _gcm_seal,
+        _xaes_open,
+        _xaes_seal,
+        generate_keys,
+        generate_wrapping_key,
+        import_keys,
+        import_wrapping_key,
+        native_info,
+        random_bytes,
+        read_wrapping_key,
+        rewrap_many,
+        secret_memory_info,
+        unwrap_key,
+        unwrap_many,
+        wrap_key,
+        wrap_many,
+        write_wrapping_key,
     )
-    from .._fast.wrapping import _xaes_open, _xaes_seal, native_info, rewrap_many, unwrap_key, unwrap_many, wrap_key, wrap_many
-    from .._fast.aead import RecordCipher, _gcm_open, _gcm_seal
-    from .._fast.stream import StreamCipher
-    install_errors(invalid=InvalidInput, limit=LimitExceeded, decrypt=DecryptError, memory=SecretMemoryError, internal=InternalError)
-    backend = "fast"
+    from .pure_records import RecordCipher, StreamCipher
+
+__all__ = [
+    "RecordCipher",
+    "SecretKeys",
+    "StreamCipher",
+    "WrappingKey",
+    "backend_info",
+    "generate_keys",
+    "generate_wrapping_key",
+    "import_keys",
+    "import_wrapping_key",
+    "random_bytes",
+    "read_wrapping_key",
+    "rewrap_many",
+    "secret_memory_info",
+    "unwrap_key",
+    "unwrap_many",
+    "wrap_key",
+    "wrap_many",
+    "write_wrapping_key",
+]
+
+_PRIVATE: Final = ("native_info", "_gcm_open", "_gcm_seal", "_xaes_open", "_xaes_seal")
+
+
+def _load_fast() -> dict[str, Any]:
+    from .._fast import aead, secret, stream, wrapping
+
+    secret.install_errors(
+        invalid=InvalidInput,
+        limit=LimitExceeded,
+        decrypt=DecryptError,
+        memory=SecretMemoryError,
+        internal=InternalError,
+    )
+    return vars(secret) | vars(wrapping) | vars(aead) | vars(stream)
+
+
+def _load_python() -> dict[str, Any]:
+    from . import pure, pure_records
+
+    return vars(pure) | vars(pure_records)
+
+
+def _load() -> tuple[str, str, dict[str, Any]]:
+    """Name of the backend, why it is not the native one (or nothing), and its names."""
+    wanted = os.environ.get("OPENKCM_BACKEND", "")
+    if wanted not in ("", "fast", "python"):
+        raise BackendUnavailable("OPENKCM_BACKEND is 'fast' or 'python', or not set")
+    if wanted == "python":
+        return "python", "OPENKCM_BACKEND asks for it", _load_python()
+    try:
+        return "fast", "", _load_fast()
+    except ImportError as error:
+        if wanted == "fast":
+            raise BackendUnavailable(
+                f"OPENKCM_BACKEND asks for the native backend, which this installation does not have ({error}); "
+                "reinstall with a C compiler and OpenSSL's headers (libssl-dev)"
+            ) from None
+        return "python", f"the native backend was not built ({error})", _load_python()
+
+
+def _software_aes() -> bool:
+    """Whether the processor has no AES instructions, as far as Linux tells on the common platforms."""
+    if platform.machine() not in ("x86_64", "AMD64", "aarch64"):
+        return False
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    lines = [line for line in text.splitlines() if line.startswith(("flags", "Features"))]
+    return bool(lines) and not any("aes" in line.split() for line in lines)
+
+
+if _software_aes() and os.environ.get("OPENKCM_ALLOW_SOFTWARE_AES") != "1":
+    raise BackendUnavailable(
+        "this processor has no AES instructions; OPENKCM_ALLOW_SOFTWARE_AES=1 accepts AES in software"
+    )
+
+_backend, _reason, _names = _load()
+globals().update((name, _names[name]) for name in (*__all__, *_PRIVATE) if name != "backend_info")
+
 
 def backend_info() -> dict[str, Any]:
-    return {"backend": backend, "openssl": native_info()["openssl"], "aes": native_info()["aes"], "secret_memory": secret_memory_info()["kind"], "notes": []}
+    """Tell what is in use and why: backend, OpenSSL, AES, secret memory, and a note on each weakness."""
+    native = native_info()
+    memory = secret_memory_info()
+    notes = list(native["notes"])
+    if _backend == "python":
+        notes.insert(0, f"the Python backend is in use: {_reason}")
+    if memory["kind"] != "memfd_secret":
+        notes.append("this kernel has no memfd_secret: keys rest in locked memory that root can read")
+    if _software_aes():
+        notes.append("AES runs in software, as OPENKCM_ALLOW_SOFTWARE_AES allows")
+    return {
+        "backend": _backend,
+        "reason": _reason,
+        "openssl": native["openssl"],
+        "aes": native["aes"],
+        "secret_memory": memory,
+        "notes": notes,
+    }
