@@ -24,7 +24,7 @@ help:  ## List the targets
 # --- the environment: each stamp stands for a step that is done ------------------------------------------------
 
 $(VENV)/.base: pyproject.toml scripts/bootstrap
-	$(BOOTSTRAP) system
+	$(BOOTSTRAP) system $(if $(filter demo native,$(MAKECMDGOALS)),,gdb)
 	$(BOOTSTRAP) python pkcs11
 	@touch $@
 
