@@ -59,9 +59,9 @@ class Block(Protocol):
 
 
 class FlatBlock:
-    """Rows without any quote, as one list of all fields; after each row stands its line end as a field.
+    """Rows without any quote, split at the delimiter only: splitting and joining are one call a block.
 
-    Splitting, picking a column and joining are then one call each for the whole block, not one a row.
+    Where a row ends, its last field, the line end and the next row's first field are one element of the list.
     """
 
     def __init__(
@@ -69,12 +69,11 @@ class FlatBlock:
     ) -> None:
         self._flat = flat
         self._columns = columns
-        self._stride = columns + 1
+        self._stride = columns - 1
         self._delimiter = delimiter
         self._end = end
-        self._plain = True
-        rows = (len(flat) + 1) // self._stride
-        self.lines: Sequence[int] = range(first_line, first_line + rows)
+        self._edges: tuple[list[bytes], list[bytes]] | None = None
+        self.lines: Sequence[int] = range(first_line, first_line + len(flat) // self._stride)
 
     @classmethod
     def parse(
@@ -83,34 +82,42 @@ class FlatBlock:
         """Split whole lines; None if they need csv.reader (quotes, odd line ends, blank or ragged rows)."""
         rows = data.count(b"\n")
         returns = data.count(b"\r")
-        if b'"' in data or returns != (rows if end == b"\r\n" else 0):
+        if columns == 1 or b'"' in data or returns != (rows if end == b"\r\n" else 0):
             return None
         if end == b"\r\n" and data.count(end) != rows:
             return None
-        flat = data[: -len(end)].replace(end, delimiter + end + delimiter).split(delimiter)
-        if len(flat) != rows * (columns + 1) - 1 or flat[columns :: columns + 1].count(end) != rows - 1:
-            return None
-        if columns == 1 and b"" in flat:
+        flat = data[: -len(end)].split(delimiter)
+        # There are rows - 1 line ends inside; if each place where a row must end has one, none is elsewhere.
+        ends = [1 for joint in flat[columns - 1 : -1 : columns - 1] if end in joint]
+        if len(flat) != rows * (columns - 1) + 1 or len(ends) != rows - 1:
             return None
         return cls(flat, columns, delimiter, end, first_line)
 
     def column(self, index: int) -> list[bytes]:
-        return self._flat[index :: self._stride]
+        if 0 < index < self._stride:
+            return self._flat[index :: self._stride]
+        return list(self._first_and_last()[index == self._stride])
 
     def replace(self, index: int, values: Sequence[bytes], *, plain: bool) -> None:
         if not plain:
-            quoted = quote_values(values, self._delimiter, alone=self._columns == 1)
-            self._plain = self._plain and quoted is values
-            values = quoted
-        self._flat[index :: self._stride] = values
+            values = quote_values(values, self._delimiter)
+        if 0 < index < self._stride:
+            self._flat[index :: self._stride] = values
+        else:
+            self._first_and_last()[index == self._stride][:] = values
 
     def dump(self) -> bytes:
-        delimiter, end, flat = self._delimiter, self._end, self._flat
-        if self._plain:
-            return delimiter.join(flat).replace(delimiter + end + delimiter, end) + end
-        # A quoted value may hold anything, the marker too, so rows are joined one by one.
-        rows = (flat[start : start + self._columns] for start in range(0, len(flat), self._stride))
-        return end.join(map(delimiter.join, rows)) + end
+        if self._edges is not None:
+            first, last = self._edges
+            joints = [before + self._end + after for before, after in zip(last, first[1:], strict=False)]
+            self._flat[:: self._stride] = [first[0], *joints, last[-1]]
+        return self._delimiter.join(self._flat) + self._end
+
+    def _first_and_last(self) -> tuple[list[bytes], list[bytes]]:
+        if self._edges is None:
+            edges = self._end.join(self._flat[:: self._stride]).split(self._end)
+            self._edges = edges[::2], edges[1::2]
+        return self._edges
 
 
 class RowBlock:
@@ -146,20 +153,15 @@ def _quoted(field: str, delimiter: str) -> str:
     return f'"{field}"' if delimiter in field or "\n" in field or "\r" in field else field
 
 
-def quote_values(values: Sequence[bytes], delimiter: bytes, *, alone: bool) -> Sequence[bytes]:
-    """Quote the values that need it; the same object comes back when none does.
-
-    Args:
-        alone: whether the table has this column only, where an empty value is written ``""`` so that it is
-            not a blank line.
-    """
+def quote_values(values: Sequence[bytes], delimiter: bytes) -> Sequence[bytes]:
+    """Quote the values that need it; the same object comes back when none does."""
     special = (b'"', delimiter, b"\n", b"\r")
     joined = b" ".join(values)
-    if not any(mark in joined for mark in special) and not (alone and b"" in values):
+    if not any(mark in joined for mark in special):
         return values
     quoted = []
     for value in values:
-        if any(mark in value for mark in special) or (alone and not value):
+        if any(mark in value for mark in special):
             value = b'"' + value.replace(b'"', b'""') + b'"'
         quoted.append(value)
     return quoted

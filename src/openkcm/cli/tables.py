@@ -11,8 +11,8 @@ decrypts one value with ``service.decrypt(base64.b64decode(value), context=...)`
 
 from __future__ import annotations
 
-import binascii
 import enum
+from binascii import a2b_base64, b2a_base64
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,12 +21,20 @@ from typing import Any, BinaryIO, Final, Literal, Protocol, TypeVar
 
 from ..envelope import parse
 from ..errors import FormatError, InvalidInput, KeyDestroyed, OpenKCMError
-from ..keys import check_subject
+from ..keys import Kind, check_subject
+from ..limits import MAX_SUBJECT_BYTES
 
 ENVELOPE_TEXT: Final = b"T0tDA"
 """How the base64 text of every envelope begins: the magic ``4F 4B 43 01``, 30 bits of it."""
 
+KIND_PLACE: Final = 5
+STORED_KIND: Final = bytes((Kind.STORED,))
+"""Where an envelope says what kind it is, and what it says when its data key is in the key store."""
+
 SHREDDED_TEXT: Final = b"[shredded]"
+
+UTF8_BYTES: Final = 4
+"""At most, for a character."""
 
 CONTEXTS_KEPT: Final = 100_000
 """Distinct contexts remembered, so that equal ones stay one object."""
@@ -36,8 +44,7 @@ T = TypeVar("T")
 RowContext = tuple[tuple[str, str], ...]
 """The pairs that a row adds to the contexts of its values."""
 
-to_text: Final[Callable[[bytes], bytes]] = partial(binascii.b2a_base64, newline=False)
-_from_text: Final[Callable[[bytes], bytes]] = partial(binascii.a2b_base64, strict_mode=True)
+_from_text: Final[Callable[[bytes], bytes]] = partial(a2b_base64, strict_mode=True)
 
 
 class RecordService(Protocol):
@@ -193,10 +200,13 @@ class ColumnCipher:
         self.counts.without_subject += len(nobody)
         texts: list[bytes] = []
         if len(nobody) < len(values):
-            some = [
-                list(compress(each, subjects)) for each in (range(len(values)), values, contexts, subjects)
-            ]
-            texts = self._encrypt(parts, *some)  # type: ignore[arg-type]
+            texts = self._encrypt(
+                parts,
+                list(compress(range(len(values)), subjects)),
+                list(compress(values, subjects)),
+                list(compress(contexts, subjects)),
+                list(filter(None, subjects)),
+            )
         others = self._encrypt(
             parts, nobody, [values[place] for place in nobody], [contexts[place] for place in nobody], None
         )
@@ -221,7 +231,7 @@ class ColumnCipher:
             if error.index is None:
                 raise
             raise at(error, *_place(parts, places[error.index])) from error
-        return list(map(to_text, blobs))
+        return [b2a_base64(blob, newline=False) for blob in blobs]
 
     def unprotect(self, parts: Sequence[Part]) -> list[list[bytes | None]]:
         """Return the plaintext of each value, part by part; None where it was shredded and is left blank.
@@ -238,7 +248,7 @@ class ColumnCipher:
             raise _first_bad_text(parts, values) from None
         contexts = self._all_contexts(parts)
         try:
-            return _like(parts, self._service.decrypt_many(blobs, contexts=contexts) if blobs else [])
+            return _like(parts, self._decrypt(blobs, contexts, "raise"))
         except KeyDestroyed as error:
             if self._shredded is Shredded.FAIL or error.index is None:
                 raise _destroyed(error, parts) from error
@@ -248,6 +258,28 @@ class ColumnCipher:
             raise at(error, *_place(parts, error.index)) from error
         return _like(parts, self._without_shredded(parts, values, blobs, contexts))
 
+    def _decrypt(
+        self, blobs: list[bytes], contexts: list[dict[str, str]], errors: Literal["raise", "return"]
+    ) -> list[Any]:
+        """Decrypt envelopes of stored and of inline data keys in a call each, as mixed batches are slow."""
+        stored = [blob[KIND_PLACE : KIND_PLACE + 1] == STORED_KIND for blob in blobs]
+        kinds = [kind for kind in (stored, [not one for one in stored]) if any(kind)]
+        if len(kinds) == 1:
+            return self._service.decrypt_many(blobs, contexts=contexts, errors=errors)
+        results: list[Any] = [None] * len(blobs)
+        for kind in kinds:
+            places, theirs = list(compress(range(len(blobs)), kind)), list(compress(contexts, kind))
+            try:
+                opened = self._service.decrypt_many(
+                    list(compress(blobs, kind)), contexts=theirs, errors=errors
+                )
+            except OpenKCMError as error:
+                error.index = None if error.index is None else places[error.index]
+                raise
+            for place, outcome in zip(places, opened, strict=True):
+                results[place] = outcome
+        return results
+
     def _without_shredded(
         self,
         parts: Sequence[Part],
@@ -256,7 +288,7 @@ class ColumnCipher:
         contexts: list[dict[str, str]],
     ) -> list[bytes | None]:
         texts: list[bytes | None] = []
-        outcomes = self._service.decrypt_many(blobs, contexts=contexts, errors="return")
+        outcomes = self._decrypt(blobs, contexts, "return")
         for place, outcome in enumerate(outcomes):
             if not isinstance(outcome, OpenKCMError):
                 texts.append(outcome)
@@ -319,18 +351,19 @@ def _destroyed(error: KeyDestroyed, parts: Sequence[Part]) -> OpenKCMError:
     )
 
 
-def check_subjects(subjects: Iterable[str], lines: Sequence[int], column: str) -> None:
-    """Check each subject once, so that the error can name its line.
+def check_subjects(subjects: Sequence[str], lines: Sequence[int], column: str) -> None:
+    """Check subjects, so that an error can name the line.
 
     Raises:
         LimitExceeded: a subject is too long.
     """
-    for place, subject in enumerate(subjects):
-        if len(subject) > 256:
-            try:
-                check_subject(subject)
-            except OpenKCMError as error:
-                raise at(error, lines[place], column) from error
+    if len(max(subjects, key=len, default="")) * UTF8_BYTES <= MAX_SUBJECT_BYTES:
+        return
+    for line, subject in zip(lines, subjects, strict=True):
+        try:
+            check_subject(subject or "nobody")
+        except OpenKCMError as error:
+            raise at(error, line, column) from error
 
 
 def _refuse_envelopes(part: Part) -> None:
