@@ -103,8 +103,19 @@ class Story:
         self._step += 1
         self._print(f"\n[bold cyan]{self._step}[/]  [bold]{title}[/]", f"   {text}")
 
-    def _command(self, text: str) -> None:
-        self._print(f"   [dim]$ openkcm {plain(text)}[/]")
+    def _command(self, *lines: str) -> None:
+        """Show what to type for what comes next."""
+        self._shell("openkcm " + " \\\n       ".join(lines))
+
+    def _shell(self, text: str) -> None:
+        if not settings.json and not settings.quiet:
+            from rich.text import Text
+
+            self._out.print(Text(f"   $ {text}", style="dim"), soft_wrap=True)
+
+    def _unprotect_command(self, airline: Airline, *options: str) -> None:
+        names = f"{airline.stored.name} -o {airline.opened.name}"
+        self._command(" ".join(("unprotect", airline.tenant, SERVICE, names)), *options)
 
     def _good(self, text: str) -> None:
         self._print(f"   [green]ok[/]  {text}")
@@ -119,7 +130,7 @@ class Story:
 
         for line in lines:
             text = line.lstrip(" ")
-            self._out.print(Padding(text, (0, 0, 0, len(line) - len(text))))
+            self._out.print(Padding(text, (0, 0, 0, len(line) - len(text)), expand=False))
 
     # The steps
 
@@ -131,7 +142,7 @@ class Story:
         self._print(
             "[bold]Two customers, two root keys.[/]",
             f"{total:,} flights left New York City in 2013; {shares['UA'].rows:,} were United's and "
-            f"{shares['DL'].rows:,} Delta's. The two airlines play the customers, and an aircraft plays a person.",
+            f"{shares['DL'].rows:,} Delta's. Airlines play the customers, and an aircraft plays a person.",
         )
         airlines = (
             Airline("united", "United", make_token(self._directory), shares["UA"]),
@@ -145,7 +156,7 @@ class Story:
         url = f"sqlite:///{self._directory / 'vault.db'}"
         self._core = Core.open(url)
         for airline in airlines:
-            self._command(f"tenant link {airline.tenant} --root {_short(airline.root)}")
+            self._command(f"tenant link {airline.tenant} --root '{_short(airline.root)}'")
             self._core.link_tenant(airline.tenant, root=airline.root)
             self._core.create_service(airline.tenant, SERVICE)
         self._gateway = Gateway(self._core)
@@ -154,14 +165,14 @@ class Story:
     def _protect(self, airlines: tuple[Airline, ...]) -> None:
         self._begin(
             "Three columns are encrypted",
-            "Tail number, flight and departure time of every row. Each aircraft gets a data key of its own.",
+            "Tail number, flight and departure time. Each aircraft gets a data key of its own.",
         )
         rates = {}
         for airline in airlines:
-            columns = " ".join(f"--column {name}" for name in PROTECTED)
             self._command(
-                f"protect {airline.tenant} {SERVICE} {airline.clear.name} {columns} "
-                f"--subject-column {SUBJECT_COLUMN}"
+                f"protect {airline.tenant} {SERVICE} {airline.clear.name} -o {airline.stored.name}",
+                " ".join(f"--column {name}" for name in PROTECTED),
+                f"--subject-column {SUBJECT_COLUMN}",
             )
             started = time.perf_counter()
             counts = self._convert(airline, protect=True)
@@ -170,7 +181,7 @@ class Story:
             keys = len(airline.share.aircraft)
             self._good(
                 f"{counts.rows:,} rows, {counts.values:,} values, {keys} aircraft in {seconds:.2f} s: "
-                f"[bold]{counts.rows / seconds:,.0f} rows/s[/], written to disk"
+                f"[bold]{counts.rows / seconds:,.0f} rows/s[/]"
             )
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         self._good(f"never more than {peak} MiB of memory for the whole process")
@@ -195,16 +206,16 @@ class Story:
 
     def _kill(self, killed: Airline, other: Airline) -> None:
         assert self._core is not None
-        self._begin(f"{killed.name} pulls the plug", "All their keys are zeroed, before the call returns.")
+        self._begin(f"{killed.name} pulls the plug", "All their keys are zeroed before the command returns.")
         self._command(f"tenant kill {killed.tenant}")
         started = time.perf_counter()
         self._core.kill(killed.tenant, reason="the demo")
         took = (time.perf_counter() - started) * 1000
         self._measured["kill_ms"] = round(took, 1)
         self._good(f"dark after {took:.0f} ms")
-        self._command(f"unprotect {killed.tenant} {SERVICE} {killed.stored.name}")
+        self._unprotect_command(killed)
         self._expect(killed, TenantDark)
-        self._command(f"unprotect {other.tenant} {SERVICE} {other.stored.name}")
+        self._unprotect_command(other)
         self._open_whole(other)
 
     def _restore(self, airline: Airline) -> None:
@@ -214,7 +225,7 @@ class Story:
         )
         self._command(f"tenant restore {airline.tenant}")
         self._core.restore(airline.tenant)
-        self._command(f"unprotect {airline.tenant} {SERVICE} {airline.stored.name}")
+        self._unprotect_command(airline)
         self._open_whole(airline)
 
     def _shred(self, airline: Airline) -> None:
@@ -224,13 +235,13 @@ class Story:
             f"Aircraft {subject} is forgotten",
             f"Its one data key is destroyed; its {flights} flights stay in the file, unreadable.",
         )
-        self._print("   [dim]$ cp vault.keys.db yesterday.keys.db[/]")
+        self._shell("cp vault.keys.db yesterday.keys.db")
         self._gateway.close()
         shutil.copyfile(self._key_store, self._backup)
         self._reopen()
         self._command(f"shred {airline.tenant} {SERVICE} {subject}")
         self._gateway.service(airline.tenant, SERVICE).shred(subject)
-        self._command(f"unprotect {airline.tenant} {SERVICE} {airline.stored.name}")
+        self._unprotect_command(airline)
         self._expect(airline, KeyDestroyed)
         self._open_without(airline, flights)
 
@@ -239,16 +250,16 @@ class Story:
         ((_, flights),) = airline.share.aircraft.most_common(1)
         self._begin(
             "Yesterday's key store is restored",
-            "The old data key is back in the Gateway's key store, but the Core remembers that it was shredded "
-            "and will not open it.",
+            "The old data key is back in the Gateway's key store, but the Core remembers that it was "
+            "shredded, and will not open it.",
         )
-        self._print("   [dim]$ cp yesterday.keys.db vault.keys.db[/]")
+        self._shell("cp yesterday.keys.db vault.keys.db")
         self._gateway.close()
         for suffix in ("-wal", "-shm"):
             self._key_store.with_name(self._key_store.name + suffix).unlink(missing_ok=True)
         shutil.copyfile(self._backup, self._key_store)
         self._reopen()
-        self._command(f"unprotect {airline.tenant} {SERVICE} {airline.stored.name}")
+        self._unprotect_command(airline)
         self._expect(airline, KeyDestroyed)
         self._open_without(airline, flights)
 
@@ -256,7 +267,8 @@ class Story:
 
     @property
     def _key_store(self) -> Path:
-        return self._directory / "vault.keys.db"
+        assert self._core is not None
+        return self._core.default_key_store
 
     @property
     def _backup(self) -> Path:
@@ -289,6 +301,7 @@ class Story:
         self._good(f"{counts.rows:,} rows open, byte for byte as they were")
 
     def _open_without(self, airline: Airline, flights: int) -> None:
+        self._unprotect_command(airline, "--shredded mark")
         counts = self._convert(airline, protect=False, shredded=Shredded.MARK)
         if counts.shredded != flights * len(PROTECTED):
             raise InternalError("other values than those of the shredded subject were lost")
@@ -314,4 +327,4 @@ def _short(uri: str) -> str:
 
 def _middle_out(value: str) -> str:
     """Cut a long value in its middle: envelopes of one service all begin alike."""
-    return plain(value if len(value) <= 20 else f"{value[:8]}…{value[-8:]}")
+    return plain(value if len(value) <= 20 else f"{value[:4]}…{value[-8:]}")
