@@ -38,7 +38,7 @@ $(VENV)/.native: $(VENV)/.base setup.py $(NATIVE_SOURCES)
 	@echo "Building the native layer (build/native.log)"
 	@OPENKCM_BUILD=require $(BIN)/python setup.py build_ext --inplace >build/native.log 2>&1 \
 	    || { cat build/native.log; exit 1; }
-	@grep 'warning:' build/native.log || true
+	@grep 'warning: .*\[-W' build/native.log || true
 	@touch $@
 
 # --- the two commands ------------------------------------------------------------------------------------------
@@ -76,15 +76,16 @@ test-slow: $(VENV)/.native $(VENV)/.dev  ## The tests that take minutes (a milli
 soak: $(VENV)/.native $(VENV)/.dev  ## Hours of load
 	OPENKCM_BACKEND=fast OPENKCM_REQUIRE_FAST=1 $(PYTEST) -m soak --timeout=0 $(ARGS) </dev/null
 
-# A build of its own below build/, which stands before src on the path; the tests say from where they imported.
+# A build of its own below build/, which stands before src on the path.
 define special_build
 @echo "Building the native layer (build/$(1).log)"
 @mkdir -p build
 @$(2) OPENKCM_BUILD=require $(BIN)/python setup.py build --build-base build/$(1) --build-lib build/$(1)/lib \
     >build/$(1).log 2>&1 || { cat build/$(1).log; exit 1; }
+@grep 'warning: .*\[-W' build/$(1).log || true
 endef
 
-debug: $(VENV)/.base $(VENV)/.dev  ## Unit tests on a build with all of Cython's checks and C assertions
+debug: $(VENV)/.base $(VENV)/.dev  ## Unit tests on a build with Cython's checks and C assertions
 	$(call special_build,debug,OPENKCM_DEBUG=1)
 	PYTHONPATH=$(CURDIR)/build/debug/lib OPENKCM_BACKEND=fast OPENKCM_REQUIRE_FAST=1 \
 	    $(PYTEST) tests/unit $(ARGS) </dev/null

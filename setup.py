@@ -6,7 +6,7 @@ unless ``OPENKCM_BUILD=require`` asks for it, and never passes unsaid.
 
 Environment:
     OPENKCM_BUILD     unset: native if it can be built; ``require``: fail without; ``pure``: do not try
-    OPENKCM_DEBUG     1: no optimisation, all of Cython's checks (bounds, None, overflow), C assertions
+    OPENKCM_DEBUG     1: no optimisation, Cython's bounds and None checks, C assertions
     OPENKCM_SANITIZE  1: address and undefined-behaviour sanitizers
 """
 
@@ -136,8 +136,9 @@ class BuildNative(build_ext):
         from Cython.Build import cythonize
 
         # Cython's own defaults (bounds are checked) stay on in every build: the hot loops are on raw
-        # pointers, and whatever indexes a Python object is not where the time goes.
-        checks = {"nonecheck": True, "overflowcheck": True, "initializedcheck": True} if DEBUG else {}
+        # pointers, and whatever indexes a Python object is not where the time goes. Not overflowcheck:
+        # Cython 3.3 crashes on enums with it, and the sanitizer build looks for overflows.
+        checks = {"boundscheck": True, "nonecheck": True, "initializedcheck": True} if DEBUG else {}
         translated = cythonize(
             self.extensions,
             build_dir=self.build_temp,
