@@ -17,7 +17,7 @@ import typer
 
 from ..errors import OpenKCMError
 from . import crypt, demo, doctor, init, inspect, protect, service, shred, status, tenant
-from .commands import JsonOption, QuietOption, VaultOption, set_globals
+from .commands import JsonOption, QuietOption, ReaderGone, VaultOption, set_globals
 from .exits import ExitCode
 from .output import DEFAULT_VAULT, fail, print_error, settings, silence_stdout
 
@@ -100,13 +100,12 @@ def run(arguments: list[str] | None = None) -> int:
         code = app(args=arguments, prog_name="openkcm", standalone_mode=False)
         if code == ExitCode.INTERRUPTED:  # what Typer makes of Ctrl-C
             raise KeyboardInterrupt
-        sys.stdout.flush()
         return code if isinstance(code, int) else ExitCode.OK
     except KeyboardInterrupt:
         return _stopped(ExitCode.INTERRUPTED, "interrupted; nothing was left half done")
     except Terminated:
         return _stopped(ExitCode.TERMINATED, "terminated; nothing was left half done")
-    except BrokenPipeError:
+    except (ReaderGone, BrokenPipeError):
         silence_stdout()
         return ExitCode.BROKEN_PIPE
     except (OpenKCMError, OSError) as error:

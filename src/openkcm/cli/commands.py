@@ -8,6 +8,7 @@ that ``openkcm --help`` and shell completion answer at once; a command imports w
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any, Final, TypeVar
 
@@ -49,6 +50,10 @@ _GLOBAL: Final[dict[str, Any]] = {
 }
 
 
+class ReaderGone(Exception):
+    """The reader of standard output went away; BrokenPipeError itself would be answered by Typer."""
+
+
 def set_globals(vault: str | None, json: bool, quiet: bool) -> None:
     """Apply the global options of one place; those given in neither stay as they were."""
     if vault is not None:
@@ -63,7 +68,11 @@ def command(app: typer.Typer, name: str, **options: Any) -> Callable[[Command], 
     def add(function: Command) -> Command:
         def run(**arguments: Any) -> None:
             set_globals(*(arguments.pop(option) for option in _GLOBAL))
-            function(**arguments)
+            try:
+                function(**arguments)
+                sys.stdout.flush()
+            except BrokenPipeError:
+                raise ReaderGone from None
 
         signature = inspect.signature(function, eval_str=True)
         extra = [
