@@ -193,7 +193,7 @@ def test_in_place(vault: Call, tmp_path: Path) -> None:
     path.write_bytes(FLIGHTS)
     path.chmod(0o604)
     vault("protect", "acme", "payments", "f.csv", "--in-place", *PROTECT)
-    assert b"N1" not in path.read_bytes()
+    assert b",N1," not in path.read_bytes()
     assert path.stat().st_mode & 0o777 == 0o604
     vault("unprotect", "acme", "payments", "f.csv", "-i")
     assert path.read_bytes() == FLIGHTS
