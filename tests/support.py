@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What many tests need: a vault in a folder, its tenants, and a fresh Python process beside the tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import openkcm
+from openkcm.gateway import ServiceHandle
+
+SOURCE = Path(openkcm.__file__).resolve().parents[1]
+ON_FAST = openkcm.backend_info()["backend"] == "fast"
+
+
+def url(folder: Path) -> str:
+    """The store's URL for a vault in a folder."""
+    return f"sqlite:///{folder / 'vault.db'}"
+
+
+def make_vault(folder: Path, *tenants: str, service: str = "records") -> openkcm.Core:
+    """A vault with these tenants, each on a development root of its own and with one service."""
+    core = openkcm.Core.open(url(folder))
+    for tenant in tenants or ("acme",):
+        core.link_tenant(tenant, root=f"local:{folder / f'{tenant}.root'}")
+        core.create_service(tenant, service)
+    return core
+
+
+@contextmanager
+def open_service(folder: Path, tenant: str = "acme", service: str = "records") -> Iterator[ServiceHandle]:
+    """A handle on a fresh vault's service."""
+    with make_vault(folder, tenant, service=service) as core, openkcm.Gateway(core) as gateway:
+        yield gateway.service(tenant, service)
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's environment for a child that imports the same package."""
+    return os.environ | {"PYTHONPATH": f"{SOURCE}:{Path(__file__).parent}", "PYTHONHASHSEED": "random"} | more
+
+
+def run_python(code: str, *arguments: str, check: bool = True, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter; its output as text."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment(**more),
+        timeout=120,
+        check=False,
+    )
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+def refused(call: object, kind: type[BaseException]) -> BaseException:
+    """Call and expect exactly this class, not a subclass of it; returns the error."""
+    try:
+        call()  # type: ignore[operator]
+    except BaseException as error:
+        assert type(error) is kind, f"{type(error).__name__}: {error}"
+        return error
+    raise AssertionError(f"{kind.__name__} was not raised")
