@@ -216,17 +216,35 @@ def _roots(development: Level) -> Iterator[Check]:
     from .session import open_core
 
     with open_core() as core:
-        for tenant in core.status():
-            if tenant.development:
-                yield Check(
-                    "roots",
-                    tenant.tenant,
-                    development,
-                    f"{tenant.root} is for development only: the key lies in a file",
-                    f"link {tenant.tenant} to an HSM or KMS",
-                )
-            else:
-                yield Check("roots", tenant.tenant, Level.OK, tenant.root)
+        tenants = core.status()
+    for tenant in tenants:
+        if tenant.development:
+            yield Check(
+                "roots",
+                tenant.tenant,
+                development,
+                f"{tenant.root} is for development only: the key lies in a file",
+                f"link {tenant.tenant} to an HSM or KMS",
+            )
+        else:
+            yield from _root(tenant.tenant, tenant.root)
+
+
+def _root(tenant: str, uri: str) -> Iterator[Check]:
+    """What a root says about itself. One that does not answer is the customer's business, and not unsafe."""
+    from ..errors import OpenKCMError
+    from ..roots import open_root
+
+    try:
+        root = open_root(uri)
+        try:
+            warnings = root.warnings()
+        finally:
+            root.close()
+    except OpenKCMError as error:
+        yield Check("roots", tenant, Level.WEAK, f"{uri}: {error}")
+        return
+    yield Check("roots", tenant, Level.WEAK if warnings else Level.OK, "; ".join((uri, *warnings)))
 
 
 def _table(checks: list[Check]) -> Any:
