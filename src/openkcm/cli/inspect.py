@@ -185,11 +185,11 @@ def _table_finding(head: bytes, name: str) -> Finding:
     document = {"format": 1, "written_as": kind, "kind": "table", "columns": columns}
     shown = [("what", f"[bold]a protected table[/], {kind}; by its first {max(len(lines) - 1, 1):,} rows")]
     for column, about in columns.items():
-        keys = "a subject's key" if about["stored"] else "a key of its own"
+        keys = "under a subject's key" if about["stored"] else "each under a key of its own"
         if about["stored"] and about["inline"]:
-            keys = "some a subject's key, some a key of their own"
+            keys = "under a subject's key, some under a key of their own"
         ids = ", ".join(about["service_ids"])
-        shown.append((column, f"protected, each value under {keys}; service id {ids}"))
+        shown.append((column, f"protected, {keys}; service id {ids}"))
     return Finding(document, shown)
 
 

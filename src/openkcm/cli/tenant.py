@@ -122,7 +122,7 @@ def root_text(tenant: TenantStatus) -> str:
     """Return a tenant's root URI as Rich markup, red if it is for development."""
     from .output import plain
 
-    root = plain(tenant.root)
+    root = plain(tenant.root.partition("?")[0])  # the rest says how to get there: --json has it
     return f"[red]{root} (development)[/]" if tenant.development else root
 
 
