@@ -59,8 +59,8 @@ test: $(VENV)/.native $(VENV)/.dev  ## The test suite, once on each backend
 
 lint: $(VENV)/.dev  ## ruff check, ruff format --check and mypy --strict
 	@status=0; \
-	$(BIN)/ruff check . || status=1; \
-	$(BIN)/ruff format --check . || status=1; \
+	$(BIN)/ruff check --output-format concise . || status=1; \
+	$(BIN)/ruff format --check --output-format concise . || status=1; \
 	$(BIN)/mypy --strict src || status=1; \
 	exit $$status
 

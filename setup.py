@@ -17,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -93,7 +94,9 @@ def extensions() -> list[Extension]:
         return []
     compile_args, link_args = libcrypto()
     # pthread for the fork and signal handling of native.h on C libraries that keep it apart.
-    compile_args = ["-std=gnu11", "-pthread", *WARNINGS, *compile_args]
+    # Python's headers as a system's, which silences their warnings and none of ours.
+    headers = [f"-isystem{sysconfig.get_path(name)}" for name in ("include", "platinclude")]
+    compile_args = ["-std=gnu11", "-pthread", *headers, *WARNINGS, *compile_args]
     link_args = ["-pthread", *link_args]
     if SANITIZE:
         flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
@@ -103,13 +106,12 @@ def extensions() -> list[Extension]:
         compile_args += ["-O0", "-g3", "-UNDEBUG"]
     else:
         compile_args += ["-O3"]
-    headers = sorted(str(path) for path in NATIVE.glob("*.h"))
     return [
         Extension(
             f"openkcm._fast.{source.stem}",
             [str(source)],
             include_dirs=[str(NATIVE)],
-            depends=[*headers, "setup.py"],
+            depends=[*sorted(str(path) for path in NATIVE.glob("*.h")), "setup.py"],
             extra_compile_args=compile_args,
             extra_link_args=link_args,
         )
