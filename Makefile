@@ -97,7 +97,7 @@ sanitize: $(VENV)/.base $(VENV)/.dev  ## Unit and thread tests under the address
 	PYTHONPATH=$(CURDIR)/build/sanitize/lib OPENKCM_BACKEND=fast OPENKCM_REQUIRE_FAST=1 OPENKCM_SANITIZE=1 \
 	    PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libstdc++.so)" \
-	    $(PYTEST) --timeout=1200 tests/unit $(wildcard tests/adversarial/test_threads.py) $(ARGS) </dev/null
+	    $(PYTEST) --timeout=1200 tests/unit $(wildcard tests/adversarial/test_*thread*.py) $(ARGS) </dev/null
 
 fuzz: $(VENV)/.native $(VENV)/.dev  ## Each fuzz target for FUZZ_SECONDS (default 60)
 	@set -e; for target in tests/fuzz/fuzz_*.py; do \
