@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from openkcm.roots import pkcs11
 from openkcm.roots.pkcs11 import create_token_key
 
 MODULES = (
@@ -77,6 +78,8 @@ def token(softhsm_folder: Path) -> Token:
         capture_output=True,
         timeout=60,
     )
+    # The module in this process listed its tokens before; let it look again.
+    pkcs11._reloaded.clear()
     made = Token(module, softhsm_folder, label, pin, pin_file)
     made.uri = made.add_key("root", b"\x01")
     return made

@@ -128,7 +128,7 @@ class Store:
         Raises:
             StoreUnavailable: the database was made by a newer version.
         """
-        with self.engine.connect() as connection, translated():
+        with translated(), self.engine.connect() as connection:
             revision = _revision(connection)
         if revision == schema.HEAD:
             return

@@ -15,6 +15,7 @@ import getpass
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,11 +39,13 @@ FORMAT: Final = 1
 AES_GCM: Final = 1
 MODULE_VARIABLE: Final = "OPENKCM_PKCS11_MODULE"
 PIN_VARIABLE: Final = "OPENKCM_PKCS11_PIN"
+RELOAD_SECONDS: Final = 5.0
 
 _lock = threading.RLock()
 _modules: dict[str, Any] = {}
 _sessions: dict[tuple[str, str, str], Any] = {}
 _refused: set[tuple[str, str, str]] = set()
+_reloaded: dict[str, float] = {}
 _stale = False
 
 _DENIED: Final = {
@@ -179,6 +182,16 @@ class PKCS11Root:
         return session
 
     def _find_token(self, module: Any) -> Any:
+        found = self._matching(module)
+        if not found and _reload(self._module):
+            found = self._matching(module)
+        if not found:
+            raise RootUnavailable("the token is not there; plug it in, or check token= and serial= in the root's URI")
+        if len(found) > 1:
+            raise RootMisconfigured("several tokens match the root's URI; add token= or serial=")
+        return found[0]
+
+    def _matching(self, module: Any) -> list[Any]:
         wanted = self._parsed
         found = []
         for slot in module.get_slots(token_present=True):
@@ -191,11 +204,7 @@ class PKCS11Root:
                 and (wanted.slot_id is None or slot.slot_id == wanted.slot_id)
             ):
                 found.append(token)
-        if not found:
-            raise RootUnavailable("the token is not there; plug it in, or check token= and serial= in the root's URI")
-        if len(found) > 1:
-            raise RootMisconfigured("several tokens match the root's URI; add token= or serial=")
-        return found[0]
+        return found
 
     def _find_key(self, session: Any) -> Any:
         from pkcs11 import ObjectClass
@@ -309,6 +318,21 @@ def _module(path: str) -> Any:
         except (RuntimeError, OSError, pkcs11.exceptions.PKCS11Error):
             raise RootMisconfigured(f"the file {path} cannot be loaded as a PKCS#11 module") from None
     return _modules[path]
+
+
+def _reload(path: str) -> bool:
+    """Initialise a module anew, at most every few seconds: some list only the tokens that were there at the start.
+
+    The sessions of every root on the module end with it; each logs in again when it is next used.
+    """
+    now = time.monotonic()
+    if now - _reloaded.get(path, -RELOAD_SECONDS) < RELOAD_SECONDS:
+        return False
+    _reloaded[path] = now
+    for place in [place for place in _sessions if place[0] == path]:
+        del _sessions[place]
+    _modules[path].reinitialize()
+    return True
 
 
 def _read_pin(source: str | None) -> str:
