@@ -39,7 +39,9 @@ def add_batches(runner: pyperf.Runner, core: openkcm.Core) -> None:
     runner.bench_func("encrypt_many, 64 B, a data key each", each.encrypt_many, records, inner_loops=BATCH)
     runner.bench_func("encrypt_many, 64 B, one data key", shared.encrypt_many, records, inner_loops=BATCH)
     runner.bench_func("decrypt_many, 64 B, a data key each", each.decrypt_many, blobs, inner_loops=BATCH)
-    runner.bench_func("decrypt_many, 64 B, one data key", shared.decrypt_many, shared_blobs, inner_loops=BATCH)
+    runner.bench_func(
+        "decrypt_many, 64 B, one data key", shared.decrypt_many, shared_blobs, inner_loops=BATCH
+    )
 
 
 def add_subjects(runner: pyperf.Runner, core: openkcm.Core) -> None:

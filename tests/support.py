@@ -43,7 +43,9 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": f"{SOURCE}:{Path(__file__).parent}", "PYTHONHASHSEED": "random"} | more
 
 
-def run_python(code: str, *arguments: str, check: bool = True, **more: str) -> subprocess.CompletedProcess[str]:
+def run_python(
+    code: str, *arguments: str, check: bool = True, **more: str
+) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh interpreter; its output as text."""
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],

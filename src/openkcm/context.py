@@ -50,7 +50,9 @@ def encode_context(context: Context) -> bytes:
             f"a context is None, bytes or a mapping of text to text, not {type(context).__name__}"
         )
     if len(encoded) > MAX_CONTEXT_BYTES:
-        raise LimitExceeded(f"the context takes {len(encoded)} bytes; at most {MAX_CONTEXT_BYTES} are allowed")
+        raise LimitExceeded(
+            f"the context takes {len(encoded)} bytes; at most {MAX_CONTEXT_BYTES} are allowed"
+        )
     return encoded
 
 
@@ -63,6 +65,4 @@ def _pairs(context: Mapping[str, str]) -> list[bytes]:
         raise InvalidInput("a context mapping holds text that UTF-8 cannot carry") from None
     if any(type(part) is not bytes for pair in pairs for part in pair):
         raise InvalidInput("a context mapping takes text keys and text values")
-    return [
-        len(key).to_bytes(4, "big") + key + len(value).to_bytes(4, "big") + value for key, value in pairs
-    ]
+    return [len(key).to_bytes(4, "big") + key + len(value).to_bytes(4, "big") + value for key, value in pairs]

@@ -101,9 +101,10 @@ def parse(blob: Buffer) -> Envelope:
         FormatError: too short, or an unknown magic, version, suite, kind, or a reserved value.
         InvalidInput: not bytes-like.
     """
-    if not isinstance(blob, (bytes, bytearray, memoryview)):
-        raise InvalidInput(f"an envelope is bytes-like, not {type(blob).__name__}")
-    view = memoryview(blob).cast("B") if isinstance(blob, memoryview) else blob
+    try:
+        view = blob if isinstance(blob, bytes) else memoryview(blob).cast("B")
+    except TypeError:
+        raise InvalidInput(f"an envelope is bytes-like and contiguous, not {type(blob).__name__}") from None
     if len(view) < FIXED_BYTES:
         raise FormatError("too short for an OpenKCM envelope")
     magic, suite, kind_byte, reserved, service_id, version = _FIXED.unpack_from(view)
@@ -126,7 +127,9 @@ def _check_fixed(magic: bytes, suite: int, kind_byte: int, reserved: int, versio
     if magic[:3] != MAGIC[:3]:
         raise FormatError("not an OpenKCM envelope")
     if magic != MAGIC:
-        raise FormatError(f"envelope version {magic[3]} is not known to this build; a newer OpenKCM may open it")
+        raise FormatError(
+            f"envelope version {magic[3]} is not known to this build; a newer OpenKCM may open it"
+        )
     if suite != SUITE:
         raise FormatError(f"cipher suite {suite} is not known to this build")
     if reserved:

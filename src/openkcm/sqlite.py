@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What SQLite's failures mean to an operator, for the Core's store and the Gateway's key store alike."""
+"""What the Core's store and the Gateway's key store share: pragmas, what failures mean, and safety across fork.
+
+Invariant: no connection of ours is open while the process forks.
+"""
 
 from __future__ import annotations
 
+import os
 import sqlite3
-from typing import Final
+import threading
+import weakref
+from typing import Final, Protocol
 
 from .errors import StoreUnavailable
 
@@ -44,3 +50,56 @@ def store_error(error: BaseException, what: str) -> StoreUnavailable:
         return StoreUnavailable(f"{what} was closed", retryable=False)
     advice, retryable = _ADVICE.get((code or 0) & 0xFF, ("the database does not answer as it should", True))
     return StoreUnavailable(f"{what}: {advice}", retryable=retryable)
+
+
+# ---- fork ----------------------------------------------------------------------------------------------------
+
+
+class Forkable(Protocol):
+    """Something that holds connections which must not be open while the process forks."""
+
+    def before_fork(self) -> None:
+        """Wait for what is under way in other threads, let nothing new begin, close every connection."""
+
+    def after_fork_in_parent(self) -> None:
+        """Let work go on, with new connections."""
+
+
+def close_before_fork(store: Forkable) -> None:
+    """Have a store close its connections before each fork, as long as it lives.
+
+    SQLite remembers in memory, which a child inherits, which locks its process holds, and the kernel does not give
+    them to the child. A child of a process with an open connection would write without locks, and into a
+    write-ahead log that its parent has deleted (sqlite.org/howtocorrupt.html, section 2.6). So both sides open
+    new connections.
+    """
+    _stores.add(store)
+
+
+_stores: weakref.WeakSet[Forkable] = weakref.WeakSet()
+_waiting: list[Forkable] = []
+_one_at_a_time = threading.RLock()
+
+
+def _before_fork() -> None:
+    _one_at_a_time.acquire()
+    for store in list(_stores):
+        store.before_fork()
+        _waiting.append(store)
+
+
+def _after_fork_in_parent() -> None:
+    while _waiting:
+        _waiting.pop().after_fork_in_parent()
+    _one_at_a_time.release()
+
+
+def _after_fork_in_child() -> None:
+    global _one_at_a_time
+    _waiting.clear()
+    _one_at_a_time = threading.RLock()
+
+
+os.register_at_fork(
+    before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
+)

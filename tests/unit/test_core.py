@@ -48,7 +48,7 @@ def opens(core: openkcm.Core, service: Service, keys: WrappedKeys) -> bool:
     return not core.unwrap_keys(service, keys)[1]
 
 
-# ---- a new vault, and one that is opened again -----------------------------------------------------------
+# ---- a new vault, and one that is opened again --------------------------------------------------------
 
 
 def test_a_new_vault_is_private(tmp_path: Path) -> None:
@@ -96,12 +96,14 @@ def test_a_closed_core_says_so(core: openkcm.Core, records: Service) -> None:
         refused(call, CoreUnavailable)
 
 
-@pytest.mark.parametrize("bad", ["vault.db", "mysql://x/y", "sqlite://", "sqlite:///:memory:", "", "postgresql://x/y"])
+@pytest.mark.parametrize(
+    "bad", ["vault.db", "mysql://x/y", "sqlite://", "sqlite:///:memory:", "", "postgresql://x/y"]
+)
 def test_other_stores_are_refused(bad: str) -> None:
     refused(lambda: openkcm.Core.open(bad), InvalidInput)
 
 
-# ---- the seal file -----------------------------------------------------------------------------------------
+# ---- the seal file ------------------------------------------------------------------------------------
 
 
 def _open_again(tmp_path: Path) -> None:
@@ -171,7 +173,7 @@ def test_a_crash_while_a_vault_is_made(tmp_path: Path) -> None:
         assert core.status()
 
 
-# ---- the store ----------------------------------------------------------------------------------------------
+# ---- the store ----------------------------------------------------------------------------------------
 
 
 def test_migrations_and_tables_agree(core: openkcm.Core) -> None:
@@ -241,7 +243,7 @@ def test_a_missing_folder(tmp_path: Path) -> None:
     refused(lambda: openkcm.Core.open(url(tmp_path / "nowhere")), StoreUnavailable)
 
 
-# ---- tenants and services -------------------------------------------------------------------------------------
+# ---- tenants and services -----------------------------------------------------------------------------
 
 
 def test_names_are_checked(core: openkcm.Core, tmp_path: Path) -> None:
@@ -298,7 +300,7 @@ def test_on_a_real_token(tmp_path: Path, token: Token) -> None:
         assert opens(core, service, keys)
 
 
-# ---- dual lock ------------------------------------------------------------------------------------------------
+# ---- dual lock ----------------------------------------------------------------------------------------
 
 
 def test_the_root_gives_back_only_ciphertext(core: openkcm.Core, tmp_path: Path) -> None:
@@ -337,7 +339,7 @@ def test_without_the_root_nothing_opens(tmp_path: Path) -> None:
                 time.sleep(0.05)
 
 
-# ---- wrapping -------------------------------------------------------------------------------------------------
+# ---- wrapping -----------------------------------------------------------------------------------------
 
 
 def test_batches_are_bounded(core: openkcm.Core, records: Service) -> None:
@@ -354,7 +356,9 @@ def test_unknown_versions_and_kinds_look_like_any_wrong_key(core: openkcm.Core, 
     assert len(failures) == 3
 
 
-def test_a_service_of_another_tenant_is_not_found(core: openkcm.Core, records: Service, tmp_path: Path) -> None:
+def test_a_service_of_another_tenant_is_not_found(
+    core: openkcm.Core, records: Service, tmp_path: Path
+) -> None:
     core.link_tenant("globex", root=f"local:{tmp_path / 'globex.root'}")
     good = wrapped(core, records)
     forged = Service("globex", records.region, records.name, records.service_id)
@@ -394,7 +398,7 @@ def test_another_process_shreds(tmp_path: Path, core: openkcm.Core, records: Ser
     assert not opens(core, records, keys)
 
 
-# ---- kill and restore -------------------------------------------------------------------------------------------
+# ---- kill and restore ---------------------------------------------------------------------------------
 
 
 def test_kill_and_restore(core: openkcm.Core, records: Service) -> None:
@@ -451,7 +455,9 @@ def test_only_the_killed_tenant_goes_dark(tmp_path: Path) -> None:
         refused(lambda: wrapped(core, one), TenantDark)
 
 
-def test_another_process_kills_and_an_idle_core_zeroizes(tmp_path: Path, core: openkcm.Core, records: Service) -> None:
+def test_another_process_kills_and_an_idle_core_zeroizes(
+    tmp_path: Path, core: openkcm.Core, records: Service
+) -> None:
     keys = wrapped(core, records)
     assert core.status()[0].open
     events: list[Event] = []
@@ -520,7 +526,9 @@ def test_killing_while_others_open_and_use(core: openkcm.Core, records: Service)
     assert wrong == []
 
 
-def test_a_kill_overtakes_an_opening(core: openkcm.Core, records: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_overtakes_an_opening(
+    core: openkcm.Core, records: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A root that answers only after the kill must not bring the keys back."""
     keys = wrapped(core, records)
     core._vault.ring.drop("acme")
@@ -547,7 +555,7 @@ def test_a_kill_overtakes_an_opening(core: openkcm.Core, records: Service, monke
     assert core._vault.ring.generations() == {}
 
 
-# ---- lifecycle ---------------------------------------------------------------------------------------------------
+# ---- lifecycle ----------------------------------------------------------------------------------------
 
 
 def test_rotation_and_rewrapping(core: openkcm.Core, records: Service) -> None:
@@ -575,13 +583,17 @@ def test_rotating_the_tenant_key(core: openkcm.Core, records: Service, tmp_path:
     assert opens(core, records, old)
     assert opens(core, records, wrapped(core, records))
     with sqlite3.connect(tmp_path / "vault.db") as connection:
-        rows = connection.execute("SELECT version, state, length(wrapped) FROM tenant_keys ORDER BY 1").fetchall()
+        rows = connection.execute(
+            "SELECT version, state, length(wrapped) FROM tenant_keys ORDER BY 1"
+        ).fetchall()
     connection.close()
     assert [(row[0], row[1]) for row in rows] == [(1, "destroyed"), (2, "active")]
     assert rows[0][2] == 0
 
 
-def test_replacing_the_root_by_another_provider(core: openkcm.Core, records: Service, tmp_path: Path, token: Token) -> None:
+def test_replacing_the_root_by_another_provider(
+    core: openkcm.Core, records: Service, tmp_path: Path, token: Token
+) -> None:
     keys = wrapped(core, records)
     core.replace_root("acme", token.uri)
     (tmp_path / "acme.root").unlink()
@@ -646,10 +658,12 @@ def test_two_processes_change_the_same_tenant(tmp_path: Path, core: openkcm.Core
             assert all(opens(mine, service, keys) for keys in kept)
 
 
-# ---- audit --------------------------------------------------------------------------------------------------------
+# ---- audit --------------------------------------------------------------------------------------------
 
 
-def test_every_act_is_recorded_and_the_chain_holds(core: openkcm.Core, tmp_path: Path, records: Service) -> None:
+def test_every_act_is_recorded_and_the_chain_holds(
+    core: openkcm.Core, tmp_path: Path, records: Service
+) -> None:
     core.rotate_service("acme", "records")
     core.rotate_tenant("acme")
     core.kill("acme", reason="why")
@@ -680,10 +694,12 @@ def test_every_act_is_recorded_and_the_chain_holds(core: openkcm.Core, tmp_path:
         assert core.verify_audit() is not None
 
 
-# ---- fork ---------------------------------------------------------------------------------------------------------
+# ---- fork ---------------------------------------------------------------------------------------------
 
 
-def test_a_forked_child_reopens_through_the_root(core: openkcm.Core, records: Service, tmp_path: Path) -> None:
+def test_a_forked_child_reopens_through_the_root(
+    core: openkcm.Core, records: Service, tmp_path: Path
+) -> None:
     keys = wrapped(core, records)
     child = os.fork()
     if child == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import os
 import pickle
 from array import array
@@ -28,7 +29,7 @@ def known(count: int = 4) -> list[bytes]:
     return [bytes([number + 1]) * 32 for number in range(count)]
 
 
-# ---- keys ----------------------------------------------------------------------------------------------
+# ---- keys ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [lambda: crypto.generate_keys(3), crypto.generate_wrapping_key])
@@ -117,7 +118,7 @@ def test_exit_is_clean_with_keys_alive() -> None:
     assert (done.stdout, done.stderr) == ("", "")
 
 
-# ---- wrapping ------------------------------------------------------------------------------------------
+# ---- wrapping -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 2, 1000])
@@ -150,7 +151,7 @@ def test_counting_nonces_wraps_around() -> None:
     # The start is random, so a carry through every byte cannot be asked for; the order of a batch shows the counting.
     wrapped = crypto.wrap_many(crypto.generate_wrapping_key(), crypto.generate_keys(600), b"")
     counters = [int.from_bytes(wrapped[at + 12 : at + 24], "big") for at in range(0, len(wrapped), 72)]
-    assert [(b - a) % (1 << 96) for a, b in zip(counters, counters[1:], strict=False)] == [1] * 599
+    assert [(b - a) % (1 << 96) for a, b in itertools.pairwise(counters)] == [1] * 599
 
 
 def test_unwrap_names_what_does_not_open() -> None:
@@ -197,7 +198,7 @@ def test_lengths_of_packed_keys_are_checked() -> None:
     refused(lambda: crypto.unwrap_many(parent, bytes(144), b"", b"x" * 16), InvalidInput)
 
 
-# ---- records -------------------------------------------------------------------------------------------
+# ---- records ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 64, 2047, 2048, 2049, 16384, 70_000, 3_000_000])
@@ -328,7 +329,7 @@ def test_gather_wants_one_layout() -> None:
         assert cipher().gather([bad, good]) is None
 
 
-# ---- streams -------------------------------------------------------------------------------------------
+# ---- streams ------------------------------------------------------------------------------------------
 
 
 def test_stream_segments() -> None:

@@ -36,7 +36,9 @@ def digest(record: AuditRecord, previous: bytes) -> bytes:
     """SHA-256 over the previous digest and every field, each with its length before it."""
     fields = (record.number, record.at, record.act, record.tenant, record.service, record.detail)
     encoded = [str(field).encode() for field in fields]
-    return hashlib.sha256(previous + b"".join(len(field).to_bytes(4, "big") + field for field in encoded)).digest()
+    return hashlib.sha256(
+        previous + b"".join(len(field).to_bytes(4, "big") + field for field in encoded)
+    ).digest()
 
 
 def append(
@@ -44,7 +46,9 @@ def append(
 ) -> None:
     """Append a record within the caller's write transaction."""
     last = connection.execute(
-        sql.select(schema.audit.c.number, schema.audit.c.digest).order_by(schema.audit.c.number.desc()).limit(1)
+        sql.select(schema.audit.c.number, schema.audit.c.digest)
+        .order_by(schema.audit.c.number.desc())
+        .limit(1)
     ).first()
     number, previous = (last.number + 1, last.digest) if last else (1, START)
     record = AuditRecord(number, at, act, tenant, service, detail)
@@ -66,9 +70,9 @@ def records(connection: Connection) -> list[AuditRecord]:
     """Every record, oldest first."""
     columns = schema.audit.c
     rows = connection.execute(
-        sql.select(columns.number, columns.at, columns.act, columns.tenant, columns.service, columns.detail).order_by(
-            columns.number
-        )
+        sql.select(
+            columns.number, columns.at, columns.act, columns.tenant, columns.service, columns.detail
+        ).order_by(columns.number)
     )
     return [AuditRecord(*row) for row in rows]
 

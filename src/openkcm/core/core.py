@@ -320,7 +320,9 @@ class Core:
         """Run ``use`` with a service key; once more if the key was dropped between look-up and use."""
         for last in (False, True):
             held = (
-                self._vault.active_key(service) if version is None else self._vault.version_key(service, version)
+                self._vault.active_key(service)
+                if version is None
+                else self._vault.version_key(service, version)
             )
             try:
                 return use(held)
@@ -343,7 +345,9 @@ class Core:
         for at in range(len(wrapped)):
             if wrapped.ids[at * KEY_ID_BYTES : (at + 1) * KEY_ID_BYTES] in gone:
                 blobs[at * WRAPPED_KEY_BYTES : (at + 1) * WRAPPED_KEY_BYTES] = bytes(WRAPPED_KEY_BYTES)
-                failures[at] = KeyDestroyed("this data key was shredded; what it encrypted cannot be read again")
+                failures[at] = KeyDestroyed(
+                    "this data key was shredded; what it encrypted cannot be read again"
+                )
         return bytes(blobs), failures
 
     def _after_fork(self) -> None:

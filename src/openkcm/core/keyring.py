@@ -25,7 +25,8 @@ class ServiceKey:
         self.version = version
         self.key = key
         self.aad = {
-            kind: data_key_aad(service.tenant, service.region, service.service_id, version, kind) for kind in Kind
+            kind: data_key_aad(service.tenant, service.region, service.service_id, version, kind)
+            for kind in Kind
         }
 
 

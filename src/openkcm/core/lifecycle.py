@@ -255,7 +255,9 @@ def rotate_service(vault: Vault, service: Service, at: str) -> int:
         _change(connection, service.tenant, at)
         audit.append(connection, at, "rotate-service", service.tenant, service.name, f"version {version}")
     opened = ServiceKey(service, version, key)
-    if not vault.ring.publish(service.tenant, epoch, row.generation + 1, service_keys=[opened], active=opened):
+    if not vault.ring.publish(
+        service.tenant, epoch, row.generation + 1, service_keys=[opened], active=opened
+    ):
         key.wipe()
     return version
 
@@ -303,11 +305,15 @@ def _refuse_linked(connection: Connection, tenant: str) -> int:
 def _linked(connection: Connection, tenant: str) -> str:
     """Raise TenantNotFound or KeyDestroyed unless the tenant is linked; its region."""
     columns = schema.tenants.c
-    found = connection.execute(sql.select(columns.state, columns.region).where(columns.tenant == tenant)).first()
+    found = connection.execute(
+        sql.select(columns.state, columns.region).where(columns.tenant == tenant)
+    ).first()
     if found is None:
         raise TenantNotFound(f"no tenant {tenant} is linked; link it with 'openkcm tenant link'")
     if found.state == UNLINKED:
-        raise KeyDestroyed(f"the tenant {tenant} was unlinked and its keys destroyed; its data cannot be read again")
+        raise KeyDestroyed(
+            f"the tenant {tenant} was unlinked and its keys destroyed; its data cannot be read again"
+        )
     return str(found.region)
 
 

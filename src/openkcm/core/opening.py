@@ -38,7 +38,9 @@ def seal_tenant_key(seal: WrappingKey, key: WrappingKey, tenant: str, region: st
     return wrap_key(seal, key, wrap_aad(2, tenant, region, version=version))
 
 
-def open_tenant_key(root: Root, seal: WrappingKey, wrapped: bytes, tenant: str, region: str, version: int) -> WrappingKey:
+def open_tenant_key(
+    root: Root, seal: WrappingKey, wrapped: bytes, tenant: str, region: str, version: int
+) -> WrappingKey:
     """Open a tenant key through the root and the seal key.
 
     Raises:
@@ -60,4 +62,6 @@ def open_service_key(
     tenant_key: WrappingKey, wrapped: bytes, tenant: str, region: str, service_id: bytes, version: int
 ) -> WrappingKey:
     """Open a service key; DecryptError if it was altered or belongs elsewhere."""
-    return unwrap_key(tenant_key, wrapped, wrap_aad(3, tenant, region, service_id=service_id, version=version))
+    return unwrap_key(
+        tenant_key, wrapped, wrap_aad(3, tenant, region, service_id=service_id, version=version)
+    )

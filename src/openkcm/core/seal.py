@@ -25,13 +25,15 @@ def make_seal(path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     key = generate_wrapping_key()
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        descriptor = os.open(
+            temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+        )
         try:
             write_wrapping_key(key, descriptor)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        os.link(temporary, path)            # unlike rename, never replaces a seal that is there
+        os.link(temporary, path)  # unlike rename, never replaces a seal that is there
         sync_folder(path.parent)
     except FileExistsError:
         raise SealError(f"the seal file {path} is there already") from None

@@ -26,13 +26,15 @@ def initialise(vault: Vault, region: str, at: str) -> None:
         SealError, StoreUnavailable: one of the two cannot be written.
     """
     if not vault.store.path.parent.is_dir():
-        raise StoreUnavailable(f"the folder {vault.store.path.parent} for the vault is not there", retryable=False)
+        raise StoreUnavailable(
+            f"the folder {vault.store.path.parent} for the vault is not there", retryable=False
+        )
     if not vault.seal_path.exists():
         try:
             make_seal(vault.seal_path)
         except SealError:
             if not vault.seal_path.exists():
-                raise                       # else another process made it just now; that one counts
+                raise  # else another process made it just now; that one counts
     _touch_private(vault)
     vault.store.migrate()
     seal = vault.seal()

@@ -7,7 +7,6 @@ SQLite runs in WAL mode with full syncs and overwrites what it deletes.
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.exc import DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 from ..errors import InvalidInput, StoreUnavailable
-from ..sqlite import BUSY_SECONDS, PRAGMAS, store_error
+from ..sqlite import BUSY_SECONDS, PRAGMAS, close_before_fork, store_error
 from . import schema
 
 WHAT: Final = "the vault's store"
@@ -36,7 +35,9 @@ def translated() -> Iterator[None]:
             raise
         raise store_error(error, WHAT) from None
     except SQLAlchemyError as error:
-        raise StoreUnavailable(f"the vault's store: unexpected {type(error).__name__}", retryable=False) from None
+        raise StoreUnavailable(
+            f"the vault's store: unexpected {type(error).__name__}", retryable=False
+        ) from None
 
 
 def parse_url(url: str) -> URL:
@@ -66,7 +67,16 @@ class Store:
         self._busy_seconds = busy_seconds
         self._engine: Engine | None = None
         self._observer: sqlite3.Connection | None = None
+        self._observers = 0
+        self._reset_locks()
+        close_before_fork(self)
+
+    def _reset_locks(self) -> None:
         self._observing = threading.Lock()
+        self._gate = threading.Condition()
+        self._inside = 0
+        self._forking = False
+        self._nested = threading.local()
 
     def exists(self) -> bool:
         """Whether the database file is there and holds anything."""
@@ -92,9 +102,27 @@ class Store:
         return self._engine
 
     @contextmanager
+    def _use(self) -> Iterator[None]:
+        """Use connections; not while the process forks, unless this thread was using them before."""
+        depth = getattr(self._nested, "depth", 0)
+        with self._gate:
+            while self._forking and not depth:
+                self._gate.wait()
+            self._inside += 1
+        self._nested.depth = depth + 1
+        try:
+            with translated():
+                yield
+        finally:
+            self._nested.depth = depth
+            with self._gate:
+                self._inside -= 1
+                self._gate.notify_all()
+
+    @contextmanager
     def read(self) -> Iterator[Connection]:
         """A consistent view of the store."""
-        with translated(), self.engine.connect() as connection:
+        with self._use(), self.engine.connect() as connection:
             connection.exec_driver_sql("BEGIN")
             try:
                 yield connection
@@ -104,7 +132,7 @@ class Store:
     @contextmanager
     def write(self) -> Iterator[Connection]:
         """A transaction that alone may write; durable when the block ends, undone when it raises."""
-        with translated(), self.engine.connect() as connection:
+        with self._use(), self.engine.connect() as connection:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
             try:
                 yield connection
@@ -115,12 +143,18 @@ class Store:
 
     def data_version(self) -> int:
         """A number that changes when any other connection, of any process, commits (PRAGMA data_version)."""
-        with translated(), self._observing:
+        with self._use(), self._observing:
             if self._observer is None:
                 self._observer = sqlite3.connect(
-                    f"{self.path.as_uri()}?mode=rw", uri=True, timeout=0.1, check_same_thread=False, isolation_level=None
+                    f"{self.path.as_uri()}?mode=rw",
+                    uri=True,
+                    timeout=0.1,
+                    check_same_thread=False,
+                    isolation_level=None,
                 )
-            return int(self._observer.execute("PRAGMA data_version").fetchone()[0])
+                self._observers += 1
+            # The number is the connection's own: one from another connection must never look the same.
+            return self._observers << 32 | int(self._observer.execute("PRAGMA data_version").fetchone()[0])
 
     def migrate(self) -> None:
         """Bring an empty or older database to the newest schema.
@@ -128,7 +162,7 @@ class Store:
         Raises:
             StoreUnavailable: the database was made by a newer version.
         """
-        with translated(), self.engine.connect() as connection:
+        with self._use(), self.engine.connect() as connection:
             revision = _revision(connection)
         if revision == schema.HEAD:
             return
@@ -144,7 +178,7 @@ class Store:
 
     def checkpoint(self) -> None:
         """Fold the write-ahead log into the database, so that what was deleted is not left in it either."""
-        with translated(), self.engine.connect() as connection:
+        with self._use(), self.engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
@@ -155,14 +189,24 @@ class Store:
             self._engine.dispose()
         self._observer = self._engine = None
 
+    def before_fork(self) -> None:
+        """Wait until no other thread uses a connection, then close all."""
+        own = getattr(self._nested, "depth", 0)
+        with self._gate:
+            self._forking = True
+            while self._inside > own:
+                self._gate.wait()
+        self.close()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on, with new connections."""
+        with self._gate:
+            self._forking = False
+            self._gate.notify_all()
+
     def forget(self) -> None:
-        """Leave the connections to the parent process: a forked child must neither use nor close them."""
-        if self._engine is not None:
-            self._engine.dispose(close=False)
-        # Kept referenced on purpose: closing an inherited connection would drop the parent's locks.
-        self._abandoned = self._observer
-        self._observer = self._engine = None
-        self._observing = threading.Lock()
+        """In a forked child: locks that no thread of the parent holds."""
+        self._reset_locks()
 
 
 def _revision(connection: Connection) -> str | None:
@@ -175,11 +219,11 @@ def _end(connection: Connection, statement: str) -> None:
     try:
         connection.exec_driver_sql(statement)
     except DBAPIError:
-        connection.invalidate()             # SQLite has already rolled back; the connection is not reused
+        connection.invalidate()  # SQLite has already rolled back; the connection is not reused
 
 
 def _configure(connection: Any, record: Any) -> None:
-    connection.isolation_level = None       # transactions are begun by name, in read and write
+    connection.isolation_level = None  # transactions are begun by name, in read and write
     cursor = connection.cursor()
     for pragma in PRAGMAS:
         cursor.execute(f"PRAGMA {pragma}")
@@ -189,5 +233,3 @@ def _configure(connection: Any, record: Any) -> None:
 def default_key_store(path: Path) -> Path:
     """Where an embedded Gateway keeps its named data keys: ``vault.keys.db`` beside ``vault.db``."""
     return path.with_name(f"{path.stem}.keys.db")
-
-

@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import sqlalchemy as sql
 from sqlalchemy.engine import Connection
@@ -125,12 +125,21 @@ class Vault:
         if found is None:
             raise TenantNotFound(f"no tenant {tenant} is linked; link it with 'openkcm tenant link'")
         if found.state == UNLINKED:
-            raise KeyDestroyed(f"the tenant {tenant} was unlinked and its keys destroyed; its data cannot be read again")
+            raise KeyDestroyed(
+                f"the tenant {tenant} was unlinked and its keys destroyed; its data cannot be read again"
+            )
         key = connection.execute(
             sql.select(keys.version, keys.wrapped).where(keys.tenant == tenant, keys.state == KeyState.ACTIVE)
         ).one()
         return TenantRow(
-            tenant, found.region, found.root_uri, found.state, found.reason, found.generation, key.version, key.wrapped
+            tenant,
+            found.region,
+            found.root_uri,
+            found.state,
+            found.reason,
+            found.generation,
+            key.version,
+            key.wrapped,
         )
 
     def tenant_key(self, row: TenantRow) -> WrappingKey:
@@ -170,7 +179,8 @@ class Vault:
         if row.state != LIVE or reason is not None:
             why = reason or row.reason
             raise TenantDark(
-                f"the tenant {row.tenant} was killed{f' ({why})' if why else ''}; 'openkcm tenant restore' brings it back"
+                f"the tenant {row.tenant} was killed{f' ({why})' if why else ''}; "
+                "'openkcm tenant restore' brings it back"
             )
         refusal = self._refusals.get(row.tenant)
         if refusal is not None and time.monotonic() < refusal[0]:
@@ -237,7 +247,9 @@ class Vault:
         columns = schema.tenants.c
         with self.store.read() as connection:
             rows = connection.execute(
-                sql.select(columns.tenant, columns.generation, columns.state).where(columns.tenant.in_(opened))
+                sql.select(columns.tenant, columns.generation, columns.state).where(
+                    columns.tenant.in_(opened)
+                )
             ).all()
         now = {row.tenant: row for row in rows}
         for tenant, generation in opened.items():
@@ -269,17 +281,23 @@ def _of_tenant(held: ServiceKey, service: Service) -> ServiceKey:
     return held
 
 
-def _service_key_row(connection: Connection, service: Service, version: int | None) -> sql.Row[tuple[int, str, bytes, int]]:
+def _service_key_row(
+    connection: Connection, service: Service, version: int | None
+) -> sql.Row[Any, Any, Any, Any]:
     services, keys = schema.services.c, schema.service_keys.c
     wanted = services.active_version if version is None else version
     found = connection.execute(
         sql.select(keys.version, keys.state, keys.wrapped, services.active_version)
         .join(schema.services, services.service_id == keys.service_id)
-        .where(services.service_id == service.service_id, services.tenant == service.tenant, keys.version == wanted)
+        .where(
+            services.service_id == service.service_id,
+            services.tenant == service.tenant,
+            keys.version == wanted,
+        )
     ).first()
     if found is None:
         if version is not None:
-            raise DecryptError                  # an envelope that names a version which never was
+            raise DecryptError  # an envelope that names a version which never was
         raise ServiceNotFound(f"the tenant {service.tenant} has no service {service.name} any more")
     if found.state == KeyState.DESTROYED:
         raise KeyDestroyed(f"version {found.version} of the service key was destroyed")

@@ -79,7 +79,7 @@ class Watcher:
                 core.poll()
                 failing = False
             except OpenKCMError as error:
-                if not failing:             # once for each outage, not once for each look
+                if not failing:  # once for each outage, not once for each look
                     logger.warning("the vault's store could not be watched: %s", error)
                 failing = True
             except Exception:

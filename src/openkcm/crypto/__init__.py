@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import platform
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,10 +27,6 @@ if TYPE_CHECKING:
     from .pure import (
         SecretKeys,
         WrappingKey,
-        _gcm_open,
-        _gcm_seal,
-        _xaes_open,
-        _xaes_seal,
         generate_keys,
         generate_wrapping_key,
         import_keys,
@@ -72,8 +69,9 @@ _PRIVATE: Final = ("native_info", "_gcm_open", "_gcm_seal", "_xaes_open", "_xaes
 
 
 def _load_fast() -> dict[str, Any]:
-    from .._fast import aead, secret, stream, wrapping
-
+    aead, secret, stream, wrapping = (
+        import_module(f"openkcm._fast.{name}") for name in ("aead", "secret", "stream", "wrapping")
+    )
     secret.install_errors(
         invalid=InvalidInput,
         limit=LimitExceeded,
@@ -81,7 +79,9 @@ def _load_fast() -> dict[str, Any]:
         memory=SecretMemoryError,
         internal=InternalError,
     )
-    return vars(secret) | vars(wrapping) | vars(aead) | vars(stream)
+    return {
+        name: value for module in (secret, wrapping, aead, stream) for name, value in vars(module).items()
+    }
 
 
 def _load_python() -> dict[str, Any]:

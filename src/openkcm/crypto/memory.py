@@ -111,7 +111,10 @@ class _Arena:
 
     def give(self, region: _Region, at: int, count: int) -> None:
         start, end = at * GRANULE, (at + count) * GRANULE
-        intact = region.view[start : start + CANARY_BYTES] == _canary and region.view[end - CANARY_BYTES : end] == _canary
+        intact = (
+            region.view[start : start + CANARY_BYTES] == _canary
+            and region.view[end - CANARY_BYTES : end] == _canary
+        )
         if not intact:
             os.write(2, b"openkcm: secret memory was overwritten; aborting\n")
             os.abort()
@@ -158,7 +161,9 @@ class Slot:
     def __enter__(self) -> memoryview:
         """Begin a use: until it ends the slot is not wiped."""
         if self._born != _forks:
-            raise SecretMemoryError("this key belongs to the process before the fork; open it again in this one")
+            raise SecretMemoryError(
+                "this key belongs to the process before the fork; open it again in this one"
+            )
         with self._guard:
             if self._closing or self._view is None:
                 raise SecretMemoryError("this key was wiped")
@@ -236,15 +241,15 @@ def _lock_pages(start: Any, size: int) -> bool:
         if descriptor >= 0:
             _kind = "memfd_secret"
             try:
-                return _c.ftruncate(descriptor, size) == 0 and (
-                    _c.mmap(start, size, _PROT_READ_WRITE, _MAP_SHARED | _MAP_FIXED, descriptor, 0) != _FAILED
-                )
+                grown = _c.ftruncate(descriptor, size) == 0
+                flags = _MAP_SHARED | _MAP_FIXED
+                return grown and bool(_c.mmap(start, size, _PROT_READ_WRITE, flags, descriptor, 0) != _FAILED)
             finally:
                 number = _ffi.errno
-                os.close(descriptor)        # who holds the descriptor could map the keys
+                os.close(descriptor)  # who holds the descriptor could map the keys
                 _ffi.errno = number
         if _kind == "memfd_secret":
-            return False                    # it worked before, so this is exhaustion and not an old kernel
+            return False  # it worked before, so this is exhaustion and not an old kernel
         _kind = "mlock"
     mapped = _c.mmap(start, size, _PROT_READ_WRITE, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_FIXED, -1, 0)
     return bool(mapped != _FAILED and _c.mlock(start, size) == 0)
@@ -271,7 +276,7 @@ def _wipe_all() -> None:
 
 
 def _after_fork_in_child() -> None:
-    """Forget the parent's regions, which are not mapped here; they are kept referenced so that nothing touches them."""
+    """Forget the parent's regions, which are not mapped here; they stay referenced so that nothing frees them."""
     global _arena, _forks, _inherited
     _inherited.append(_arena)
     _arena = _Arena()
@@ -281,5 +286,3 @@ def _after_fork_in_child() -> None:
 _inherited: list[_Arena] = []
 os.register_at_fork(after_in_child=_after_fork_in_child)
 atexit.register(_wipe_all)
-
-

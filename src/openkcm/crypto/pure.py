@@ -3,11 +3,11 @@
 
 Invariant: it refuses what the native backend refuses, with the same errors, and each opens what the other sealed.
 
-Its promises about memory are weaker, and exactly so: keys *rest* in the same kind of secret memory, but for every
-use a copy is handed to ``cryptography`` as bytes. ``AESGCM`` keeps further copies (the key and its schedule) on the heap
-until it is collected, and neither those copies nor the bytes objects are zeroed when they are freed. An L2, L3 or data
-key that was used may therefore be found in freed heap memory, in a core dump and, if the machine swaps, on disk.
-Keys drawn and wrapped pass through the heap too. ``openkcm doctor`` says so.
+Its promises about memory are weaker, and exactly so: keys *rest* in the same kind of secret memory, but for
+every use a copy is handed to ``cryptography`` as bytes. ``AESGCM`` keeps further copies (the key and its
+schedule) on the heap until it is collected, and neither those copies nor the bytes objects are zeroed when they
+are freed. An L2, L3 or data key that was used may therefore be found in freed heap memory, in a core dump and, if
+the machine swaps, on disk. Keys drawn and wrapped pass through the heap too. ``openkcm doctor`` says so.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def random_bytes(size: int) -> bytes:
 def xaes_subkey(key: bytes, nonce: bytes) -> bytes:
     """Kx for a key and nonce[:12] (C2SP XAES-256-GCM)."""
     # ECB here is the block function itself: XAES is defined on raw AES blocks (a CMAC-based KDF).
-    block = Cipher(algorithms.AES(key), modes.ECB()).encryptor().update  # noqa: S305
+    block = Cipher(algorithms.AES(key), modes.ECB()).encryptor().update
     doubled = int.from_bytes(block(bytes(16)), "big") << 1
     doubled = (doubled & (1 << 128) - 1) ^ (0x87 * (doubled >> 128))
     mask = doubled.to_bytes(16, "big")
@@ -307,7 +307,9 @@ def native_info() -> dict[str, Any]:
         "openssl": _openssl.openssl_version_text(),
         "aes": "cryptography",
         "notes": [
-            "the Python backend copies keys to the heap while it uses them, and they are not zeroed there; install a "
-            "C compiler and libssl-dev and reinstall for the native backend"
+            (
+                "the Python backend copies keys to the heap while it uses them, and they are not zeroed there; "
+                "install a C compiler and libssl-dev and reinstall for the native backend"
+            )
         ],
     }

@@ -51,7 +51,8 @@ def _bytes_of(thing: Any, index: int | None) -> bytes | memoryview:
 def _check_size(size: int, index: int | None) -> None:
     if size > MAX_RECORD_BYTES:
         raise LimitExceeded(
-            f"a record has at most {MAX_RECORD_BYTES} bytes, not {size}; use a stream for larger data", index=index
+            f"a record has at most {MAX_RECORD_BYTES} bytes, not {size}; use a stream for larger data",
+            index=index,
         )
 
 
@@ -130,7 +131,13 @@ class RecordCipher:
             raise InvalidInput("each key needs its own middle part")
 
     def seal_many(
-        self, keys: SecretKeys, index: Any, version: int, middles: bytes, contexts: Any, records: Iterable[Any]
+        self,
+        keys: SecretKeys,
+        index: Any,
+        version: int,
+        middles: bytes,
+        contexts: Any,
+        records: Iterable[Any],
     ) -> list[bytes]:
         """Seal a batch; record i uses the key at index[i], or its own key, or the only one."""
         items = [_bytes_of(record, at) for at, record in enumerate(records)]
@@ -140,7 +147,9 @@ class RecordCipher:
         for at, item in enumerate(items):
             _check_size(len(item), at)
         width = self._middle_bytes
-        parts = [middles[at : at + width] for at in range(0, len(middles), width)] if width else [b""] * len(keys)
+        parts = (
+            [middles[at : at + width] for at in range(0, len(middles), width)] if width else [b""] * len(keys)
+        )
         head = self._head + version.to_bytes(_VERSION_BYTES, "big")
         nonces = os.urandom(NONCE_BYTES * len(items))
         fixed, bound = self._aad, self._bound

@@ -50,7 +50,7 @@ def encode_contexts(context: Context, contexts: Sequence[Context] | None, count:
     each = as_list(contexts)
     if len(each) != count:
         raise InvalidInput(f"there are {count} records and {len(each)} contexts")
-    encoded: dict[int, bytes] = {}          # one object for many records, as a table has, is encoded once
+    encoded: dict[int, bytes] = {}  # one object for many records, as a table has, is encoded once
     return [encoded.get(id(one)) or encoded.setdefault(id(one), encode_context(one)) for one in each]
 
 
@@ -84,7 +84,7 @@ def _size(records: list[Any], start: int, stop: int) -> int:
         whole = start == 0 and stop == len(records)
         return sum(map(len, records if whole else records[start:stop]))
     except TypeError:
-        return 0                            # something without a length: the native layer names it
+        return 0  # something without a length: the native layer names it
 
 
 def index_of(keys: Sequence[Any]) -> tuple[list[Any], array[int] | None]:
@@ -157,5 +157,3 @@ def place_failures(
 def at_index(error: OpenKCMError, index: int) -> OpenKCMError:
     """The same error, saying which item it is about."""
     return type(error)(str(error), index=index)
-
-

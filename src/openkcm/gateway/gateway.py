@@ -71,7 +71,7 @@ class Gateway:
             with self._lock:
                 handle = self._handles.get(place)
                 if handle is None:
-                    handle = ServiceHandle(self._core, self._keys, found, self._policy, self._pool)
+                    handle = ServiceHandle(self, self._core, self._keys, found, self._policy, self._pool)
                     self._handles[place] = handle
                     self._every.add(handle)
         return handle
@@ -106,7 +106,9 @@ class Gateway:
             handles = [handle for handle in self._every if handle.tenant == event.tenant]
             if event.change is Change.DARK:
                 # A tenant that is linked anew has other services by the same names: look them up again.
-                self._handles = {place: held for place, held in self._handles.items() if place[0] != event.tenant}
+                self._handles = {
+                    place: held for place, held in self._handles.items() if place[0] != event.tenant
+                }
         for handle in handles:
             if event.change is Change.DARK:
                 handle.wipe()

@@ -35,7 +35,7 @@ from .batches import (
 )
 from .keystore import KeyStore
 from .policy import DataKeyPolicy, PoolPolicy
-from .pool import Pool, ReadyKeys, SharedKeys
+from .pool import Pool, SharedKeys
 from .running import RunningStreams
 from .streams import Reader, Writer
 from .subjects import SubjectKeys
@@ -45,8 +45,16 @@ class ServiceHandle:
     """One service of one tenant; made by ``Gateway.service``, safe for threads."""
 
     def __init__(
-        self, core: KeyService, store: KeyStore, service: Service, policy: DataKeyPolicy, pool: PoolPolicy
+        self,
+        owner: object,
+        core: KeyService,
+        store: KeyStore,
+        service: Service,
+        policy: DataKeyPolicy,
+        pool: PoolPolicy,
     ) -> None:
+        # Its Gateway hears of kills for it, and so must live as long as the handle does.
+        self._owner = owner
         self._core = core
         self._service = service
         self._policy = policy
@@ -104,7 +112,7 @@ class ServiceHandle:
                 position = ready.positions.pop()
                 return self._seal_one(ready.keys, position, ready.version, ready.wrapped, encoded, data, True)
             except IndexError:
-                self._pool.refill(ready)    # used up, perhaps by other threads; the next look finds new ones
+                self._pool.refill(ready)  # used up, perhaps by other threads; the next look finds new ones
             except SecretMemoryError:
                 if not ready.keys.wiped:
                     raise
@@ -230,7 +238,9 @@ class ServiceHandle:
         encoded = encode_context(context)
         if subject is not None:
             opened = self._subjects.open([subject])
-            return self._running.encrypt(Kind.STORED_STREAM, opened.keys, 0, opened.ids, encoded, source, target)
+            return self._running.encrypt(
+                Kind.STORED_STREAM, opened.keys, 0, opened.ids, encoded, source, target
+            )
         keys = generate_keys(1)
         wrapped = self._core.wrap_keys(self._service, keys, Kind.INLINE_STREAM)
         return self._running.encrypt(
@@ -301,7 +311,7 @@ class ServiceHandle:
                 results += self._inline.seal_many(key.keys, None, key.version, key.wrapped, encoded, part)
             except SecretMemoryError:
                 if not key.keys.wiped:
-                    raise                   # else the next round asks the Core
+                    raise  # else the next round asks the Core
             except OpenKCMError as error:
                 if error.index is not None:
                     error.index += start
@@ -340,7 +350,9 @@ class ServiceHandle:
         for version, positions in groups.inline.items():
             packed = b"".join([groups.data_keys[at] for at in positions])
             keys, failures = self._core.unwrap_keys(self._service, WrappedKeys(Kind.INLINE, version, packed))
-            self._open_group(self._inline, keys, failures, positions, positions, blobs, contexts, groups.outcomes)
+            self._open_group(
+                self._inline, keys, failures, positions, positions, blobs, contexts, groups.outcomes
+            )
         if groups.stored:
             self._open_stored(groups, blobs, contexts)
         return settle(groups.outcomes, in_place)
@@ -367,9 +379,14 @@ class ServiceHandle:
         for group in opened:
             positions = [at for place in group.positions if place not in failures for at in places[place]]
             owners = [
-                local for local, place in enumerate(group.positions) if place not in failures for _ in places[place]
+                local
+                for local, place in enumerate(group.positions)
+                if place not in failures
+                for _ in places[place]
             ]
-            self._open_group(self._stored, group.keys, {}, owners, positions, blobs, contexts, groups.outcomes)
+            self._open_group(
+                self._stored, group.keys, {}, owners, positions, blobs, contexts, groups.outcomes
+            )
 
     def _open_group(
         self,
@@ -489,4 +506,4 @@ def _length(item: Any) -> int:
     try:
         return memoryview(item).nbytes
     except TypeError:
-        return 0                            # the native layer says what is wrong with it
+        return 0  # the native layer says what is wrong with it

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from ..crypto import random_bytes
 from ..errors import StoreUnavailable
-from ..sqlite import BUSY_SECONDS, PRAGMAS, store_error
+from ..sqlite import BUSY_SECONDS, PRAGMAS, close_before_fork, store_error
 from .keystore import StoredKey
 
 WHAT: Final = "the Gateway's key store"
@@ -57,6 +57,7 @@ class SQLiteKeyStore:
         self._closed = False
         with self._use() as connection:
             self._salt = _prepare(connection)
+        close_before_fork(self)
 
     @property
     def salt(self) -> bytes:
@@ -77,9 +78,13 @@ class SQLiteKeyStore:
         rows = [(service_id, key.key_id, key.subject, key.version, key.wrapped, at) for key in keys]
         with self._write() as connection:
             connection.executemany(
-                "INSERT INTO data_keys VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (service_id, subject) DO NOTHING", rows
+                "INSERT INTO data_keys VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (service_id, subject) DO NOTHING",
+                rows,
             )
-            return {key.subject: key for key in _find(connection, "subject", service_id, [key.subject for key in keys])}
+            return {
+                key.subject: key
+                for key in _find(connection, "subject", service_id, [key.subject for key in keys])
+            }
 
     def rewrap(self, service_id: bytes, keys: Iterable[StoredKey]) -> None:
         """Put newly wrapped bytes in place of the old ones, unless a newer version is there."""
@@ -113,13 +118,24 @@ class SQLiteKeyStore:
     def count(self, service_id: bytes) -> int:
         """How many keys the service has."""
         with self._use() as connection:
-            row = connection.execute("SELECT count(*) FROM data_keys WHERE service_id = ?", (service_id,)).fetchone()
+            row = connection.execute(
+                "SELECT count(*) FROM data_keys WHERE service_id = ?", (service_id,)
+            ).fetchone()
             return int(row[0])
 
+    def before_fork(self) -> None:
+        """Wait for the thread that uses the connection, close it, and let no other open one."""
+        self._lock.acquire()
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def after_fork_in_parent(self) -> None:
+        """Go on, with a new connection."""
+        self._lock.release()
+
     def forget(self) -> None:
-        """Open a new connection on next use; the inherited one is neither used nor closed."""
-        self._inherited = self._connection
-        self._connection = None
+        """In a forked child: a lock that no thread of the parent holds."""
         self._lock = threading.RLock()
 
     def close(self) -> None:
@@ -190,7 +206,9 @@ def _prepare(connection: sqlite3.Connection) -> bytes:
     return bytes(row[1])
 
 
-def _find(connection: sqlite3.Connection, column: str, service_id: bytes, values: Sequence[bytes]) -> list[StoredKey]:
+def _find(
+    connection: sqlite3.Connection, column: str, service_id: bytes, values: Sequence[bytes]
+) -> list[StoredKey]:
     found: list[StoredKey] = []
     for start in range(0, len(values), _CHUNK):
         part = values[start : start + _CHUNK]

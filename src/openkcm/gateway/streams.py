@@ -56,7 +56,7 @@ def write_fully(target: Writer, data: bytes) -> int:
     """Write all of ``data``; its length."""
     view = memoryview(data)
     while len(view):
-        written = target.write(view)        # type: ignore[arg-type]
+        written = target.write(view)  # type: ignore[arg-type]
         if written is None or written >= len(view):
             break
         view = view[written:]

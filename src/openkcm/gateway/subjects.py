@@ -66,7 +66,9 @@ class SubjectKeys:
             if opened is not None:
                 return opened
             self._drop_destroyed(destroyed)
-        raise KeyDestroyed("the subject's key is destroyed, again and again; somebody else shreds it at the same time")
+        raise KeyDestroyed(
+            "the subject's key is destroyed, again and again; somebody else shreds it at the same time"
+        )
 
     def hash(self, subject: str) -> bytes:
         """The subject as the store knows it: SHA-256 of salt, service id and name."""
@@ -101,7 +103,7 @@ class SubjectKeys:
             stored = [self._by_id.get(key.key_id, key) for key in stored]
             version = stored[0].version
             if any(key.version != version for key in stored):
-                return None, []             # rotated once more in between; the caller looks again
+                return None, []  # rotated once more in between; the caller looks again
         wrapped = _pack(stored, version)
         keys, failures = self._core.unwrap_keys(self._service, wrapped)
         if not failures:
@@ -157,7 +159,9 @@ class SubjectKeys:
         return {
             at: KeyDestroyed("this subject's data key was shredded; what it encrypted cannot be read again")
             if key_id in gone
-            else KeyNotFound("this subject's data key is not in the key store; check that it is the right store")
+            else KeyNotFound(
+                "this subject's data key is not in the key store; check that it is the right store"
+            )
             for at, key_id in missing
         }
 
@@ -187,7 +191,9 @@ class SubjectKeys:
         missing = self._explain([(at, each) for at, each in enumerate(ids) if each not in found])
         gone = self._core.shredded(self._service, b"".join(ids))
         self.rewrap([key for key in found.values() if key.key_id not in gone])
-        shredded = KeyDestroyed("this subject's data key was shredded; what it encrypted cannot be read again")
+        shredded = KeyDestroyed(
+            "this subject's data key was shredded; what it encrypted cannot be read again"
+        )
         return [missing.get(at) or (shredded if each in gone else None) for at, each in enumerate(ids)]
 
     def rewrap_all(self) -> int:

@@ -64,7 +64,7 @@ def open_root(uri: str, *, create: bool = False) -> Root:
     Raises:
         RootMisconfigured: an unknown scheme, a malformed URI, or a provider that is not installed.
     """
-    match = _SCHEME.match(uri) if isinstance(uri, str) else None
+    match = _SCHEME.match(str(uri))
     if match is None:
         raise RootMisconfigured("a root is a URI such as pkcs11:token=...;object=... or local:PATH")
     return _provider(match[1])(uri, create=create)

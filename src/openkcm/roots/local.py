@@ -67,7 +67,9 @@ class LocalRoot:
         except PermissionError:
             raise RootDenied(f"the development root {self.path} may not be read by this user") from None
         except OSError as error:
-            raise RootUnavailable(f"the development root {self.path} does not answer: {error.strerror}") from None
+            raise RootUnavailable(
+                f"the development root {self.path} does not answer: {error.strerror}"
+            ) from None
         try:
             _check(self.path, os.fstat(descriptor))
             return os.read(descriptor, KEY_BYTES)
@@ -89,20 +91,22 @@ def open_local(uri: str, *, create: bool = False) -> LocalRoot:
 def _make(path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        descriptor = os.open(
+            temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+        )
         try:
             os.write(descriptor, os.urandom(KEY_BYTES))
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        os.link(temporary, path)            # unlike rename, never replaces a key that is there
+        os.link(temporary, path)  # unlike rename, never replaces a key that is there
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
     except FileExistsError:
-        pass                                # another process made it first; that one counts
+        pass  # another process made it first; that one counts
     except OSError as error:
         raise RootMisconfigured(f"the development root {path} cannot be made: {error.strerror}") from None
     finally:

@@ -48,14 +48,17 @@ _refused: set[tuple[str, str, str]] = set()
 _reloaded: dict[str, float] = {}
 _stale = False
 
+_REFUSED_PIN: Final = (
+    "the token refused the PIN; correct it and start anew (it is not tried again, lest the token lock)"
+)
 _DENIED: Final = {
-    "PinIncorrect": "the token refused the PIN; correct it and start anew (it is not tried again, so as not to lock the token)",
-    "PinInvalid": "the token refused the PIN; correct it and start anew (it is not tried again, so as not to lock the token)",
-    "PinLenRange": "the token refused the PIN; correct it and start anew (it is not tried again, so as not to lock the token)",
+    "PinIncorrect": _REFUSED_PIN,
+    "PinInvalid": _REFUSED_PIN,
+    "PinLenRange": _REFUSED_PIN,
     "PinExpired": "the token's PIN has expired; its officer must set a new one",
     "PinLocked": "the token's PIN is locked; its security officer must unlock it",
     "UserPinNotInitialized": "the token has no user PIN yet; its security officer must set one",
-    "KeyFunctionNotPermitted": "the key may not be used to encrypt and decrypt; the customer must set CKA_ENCRYPT and CKA_DECRYPT",
+    "KeyFunctionNotPermitted": "the key may not encrypt and decrypt; the customer must set CKA_ENCRYPT and CKA_DECRYPT",
     "UserNotLoggedIn": "the token did not let us in; check the PIN's source",
 }
 _LOST: Final = {
@@ -78,7 +81,14 @@ _LOST: Final = {
 }
 """A session may be gone (token removed, module restarted): worth one new session."""
 
-_ALTERED: Final = {"EncryptedDataInvalid", "EncryptedDataLenRange", "DataInvalid", "DataLenRange", "GeneralError", "FunctionFailed"}
+_ALTERED: Final = {
+    "EncryptedDataInvalid",
+    "EncryptedDataLenRange",
+    "DataInvalid",
+    "DataLenRange",
+    "GeneralError",
+    "FunctionFailed",
+}
 """What modules answer to a tag that does not verify; SoftHSM2 says GeneralError."""
 
 
@@ -162,7 +172,7 @@ class PKCS11Root:
         if place in _sessions:
             return _sessions[place]
         if place in _refused:
-            raise RootDenied(_DENIED["PinIncorrect"])
+            raise RootDenied(_REFUSED_PIN)
         token = self._find_token(_module(self._module))
         pin = _read_pin(self._parsed.pin_source)
         try:
@@ -170,7 +180,7 @@ class PKCS11Root:
         except Exception as error:
             name = type(error).__name__
             if name == "UserAlreadyLoggedIn":
-                session = token.open()      # by other code of this process: its login counts for all
+                session = token.open()  # by other code of this process: its login counts for all
             elif name in ("PinIncorrect", "PinInvalid", "PinLenRange", "PinLocked"):
                 _refused.add(place)
                 raise RootDenied(_DENIED[name]) from None
@@ -186,7 +196,9 @@ class PKCS11Root:
         if not found and _reload(self._module):
             found = self._matching(module)
         if not found:
-            raise RootUnavailable("the token is not there; plug it in, or check token= and serial= in the root's URI")
+            raise RootUnavailable(
+                "the token is not there; plug it in, or check token= and serial= in the root's URI"
+            )
         if len(found) > 1:
             raise RootMisconfigured("several tokens match the root's URI; add token= or serial=")
         return found[0]
@@ -211,7 +223,9 @@ class PKCS11Root:
         from pkcs11.exceptions import MultipleObjectsReturned, NoSuchKey
 
         try:
-            return session.get_key(object_class=ObjectClass.SECRET_KEY, label=self._parsed.object, id=self._parsed.id)
+            return session.get_key(
+                object_class=ObjectClass.SECRET_KEY, label=self._parsed.object, id=self._parsed.id
+            )
         except NoSuchKey:
             raise RootDestroyed(
                 "the token has no such key: it was deleted, or object= or id= in the root's URI is wrong"
@@ -232,7 +246,9 @@ def parse_blob(wrapped: bytes) -> tuple[bytes, bytes]:
     return wrapped[2 : 2 + NONCE_BYTES], wrapped[2 + NONCE_BYTES :]
 
 
-def create_token_key(module_path: str, token: str, pin_source: str, label: str, key_id: bytes = b"\x01") -> str:
+def create_token_key(
+    module_path: str, token: str, pin_source: str, label: str, key_id: bytes = b"\x01"
+) -> str:
     """Make an AES-256 key that cannot be extracted, and return its root URI.
 
     Args:
@@ -243,7 +259,9 @@ def create_token_key(module_path: str, token: str, pin_source: str, label: str, 
     """
     from pkcs11 import Attribute, KeyType
 
-    root = PKCS11Root(PKCS11URI(token=token, object=label, id=key_id, module_path=module_path, pin_source=pin_source))
+    root = PKCS11Root(
+        PKCS11URI(token=token, object=label, id=key_id, module_path=module_path, pin_source=pin_source)
+    )
     with _lock, _translated():
         _renew_after_fork()
         opened = root._find_token(_module(module_path)).open(user_pin=_read_pin(pin_source), rw=True)
@@ -312,7 +330,9 @@ def _module(path: str) -> Any:
         raise RootMisconfigured("pkcs11: roots need the extra: pip install 'openkcm[pkcs11]'") from None
     if path not in _modules:
         if not Path(path).is_file():
-            raise RootMisconfigured(f"the PKCS#11 module {path} is not there; check module-path or {MODULE_VARIABLE}")
+            raise RootMisconfigured(
+                f"the PKCS#11 module {path} is not there; check module-path or {MODULE_VARIABLE}"
+            )
         try:
             _modules[path] = pkcs11.lib(path)
         except (RuntimeError, OSError, pkcs11.exceptions.PKCS11Error):
@@ -342,7 +362,9 @@ def _read_pin(source: str | None) -> str:
         if pin is None and sys.stdin is not None and sys.stdin.isatty():
             pin = getpass.getpass("PIN of the token: ")
         if pin is None:
-            raise RootMisconfigured(f"where is the PIN? pin-source=file:PATH or env:NAME in the URI, or {PIN_VARIABLE}")
+            raise RootMisconfigured(
+                f"where is the PIN? pin-source=file:PATH or env:NAME in the URI, or {PIN_VARIABLE}"
+            )
         return pin
     kind, _, rest = source.partition(":")
     if kind == "env" and rest:
@@ -391,7 +413,7 @@ def _drop_session(place: tuple[str, str, str]) -> None:
     if session is not None:
         try:
             session.close()
-        except Exception:                   # it is gone already, which is why it is dropped
+        except Exception:  # it is gone already, which is why it is dropped
             return
 
 
@@ -402,7 +424,7 @@ def _after_fork_in_child() -> None:
 
 
 def _renew_after_fork() -> None:
-    """A module must be initialised again in a child (PKCS#11 v2.40, section 5.4); the parent's sessions stay its own."""
+    """Initialise modules again in a child (PKCS#11 v2.40, section 5.4); the parent's sessions stay its own."""
     global _stale
     if _stale:
         _sessions.clear()

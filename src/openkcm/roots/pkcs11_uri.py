@@ -98,7 +98,9 @@ def _attributes(part: str, separator: str, known: set[str]) -> dict[str, bytes]:
                 "pin-source=env:NAME or OPENKCM_PKCS11_PIN"
             )
         if name not in known or not equals or name in found:
-            raise RootMisconfigured(f"the PKCS#11 URI has an unknown or repeated part; known are {', '.join(sorted(known))}")
+            raise RootMisconfigured(
+                f"the PKCS#11 URI has an unknown or repeated part; known are {', '.join(sorted(known))}"
+            )
         if not _VALUE.fullmatch(value):
             raise RootMisconfigured(f"the PKCS#11 URI's {name} is empty, or holds characters to write as %XX")
         found[name] = unquote_to_bytes(value)

@@ -47,14 +47,18 @@ def upgrade() -> None:
     )
     op.create_table(
         "service_keys",
-        sql.Column("service_id", sql.LargeBinary(12), sql.ForeignKey("services.service_id"), primary_key=True),
+        sql.Column(
+            "service_id", sql.LargeBinary(12), sql.ForeignKey("services.service_id"), primary_key=True
+        ),
         sql.Column("version", sql.Integer, primary_key=True),
         sql.Column("tenant", sql.String(128), nullable=False),
         sql.Column("tenant_key_version", sql.Integer, nullable=False),
         sql.Column("state", sql.String(16), nullable=False),
         sql.Column("wrapped", sql.LargeBinary, nullable=False),
         sql.Column("created_at", sql.String(32), nullable=False),
-        sql.ForeignKeyConstraint(["tenant", "tenant_key_version"], ["tenant_keys.tenant", "tenant_keys.version"]),
+        sql.ForeignKeyConstraint(
+            ["tenant", "tenant_key_version"], ["tenant_keys.tenant", "tenant_keys.version"]
+        ),
     )
     op.create_table(
         "shredded_keys",
