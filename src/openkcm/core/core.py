@@ -7,6 +7,7 @@ and is acknowledged last; what a Gateway gets are data keys in secret memory and
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -19,16 +20,25 @@ from typing import Final, TypeVar
 
 from .. import crypto
 from ..crypto import SecretKeys
-from ..errors import CoreUnavailable, DecryptError, KeyDestroyed, OpenKCMError, SecretMemoryError
+from ..errors import (
+    CoreUnavailable,
+    DecryptError,
+    InvalidInput,
+    KeyDestroyed,
+    LimitExceeded,
+    OpenKCMError,
+    SecretMemoryError,
+    StoreUnavailable,
+)
 from ..keys import Change, Event, Kind, Service, WrappedKeys, check_name
-from ..limits import KEY_ID_BYTES, WRAPPED_KEY_BYTES
+from ..limits import KEY_ID_BYTES, MAX_KEYS_PER_CALL, WRAPPED_KEY_BYTES
 from . import audit, lifecycle, tombstones
 from .keyring import ServiceKey
 from .setup import initialise, open_existing
 from .status import ServiceStatus, TenantStatus
 from .store import Store, default_key_store
 from .tree import read_tree
-from .vault import Vault
+from .vault import OVERTAKEN, Vault
 from .watcher import Watcher
 
 POLL_SECONDS: Final = 0.25
@@ -37,6 +47,8 @@ POLL_SECONDS: Final = 0.25
 DEFAULT_URL: Final = "sqlite:///vault.db"
 
 T = TypeVar("T")
+
+_TRIES: Final = 8
 
 
 class Core:
@@ -64,6 +76,7 @@ class Core:
         seal: str | os.PathLike[str] | None = None,
         region: str | None = None,
         poll_interval: float = POLL_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
     ) -> Core:
         """Open a vault, making it where there is none.
 
@@ -72,14 +85,17 @@ class Core:
             seal: the seal file; by default ``vault.seal`` beside ``vault.db``.
             region: the region of a new vault ("local" if not given); for an existing one, what it must be.
             poll_interval: seconds between looks at what other processes changed.
+            clock: seconds that only ever grow; another one than the machine's is for tests.
 
         Raises:
             SealError: the seal file is missing, unsafe, or another vault's.
             StoreUnavailable: the database cannot be used.
-            InvalidInput: the URL is not one of a SQLite file.
+            InvalidInput: the URL is not one of a SQLite file, or the poll interval is not above zero.
         """
+        if not poll_interval > 0:
+            raise InvalidInput("poll_interval is a number of seconds above zero")
         store = Store(url)
-        vault = Vault(store, Path(seal) if seal is not None else store.path.with_suffix(".seal"))
+        vault = Vault(store, Path(seal) if seal is not None else store.path.with_suffix(".seal"), clock)
         try:
             if not store.exists():
                 initialise(vault, check_name(region or "local", "region"), utc_now())
@@ -121,6 +137,11 @@ class Core:
         return self._vault.seal_path
 
     @property
+    def seal_source(self) -> str:
+        """Where the seal key comes from, in words for an operator."""
+        return f"file {self._vault.seal_path}"
+
+    @property
     def default_key_store(self) -> Path:
         """Where an embedded Gateway keeps its named data keys."""
         return default_key_store(self._vault.store.path)
@@ -150,11 +171,14 @@ class Core:
             AlreadyExists: the tenant has a service of that name.
             TenantNotFound, TenantDark, RootUnavailable.
         """
-        self._check_open()
-        return lifecycle.create_service(self._vault, tenant, check_name(name, "service"), utc_now())
+        self._look()
+        return lifecycle.create_service(
+            self._vault, check_name(tenant, "tenant"), check_name(name, "service"), utc_now()
+        )
 
     def rotate_service(self, tenant: str, name: str) -> int:
         """Make a new version of a service key active; older versions only unwrap. Returns the new version."""
+        self._look()
         service = self.find_service(tenant, name)
         version = lifecycle.rotate_service(self._vault, service, utc_now())
         self._vault.listeners.tell(Event(Change.ROTATED, tenant, service.service_id))
@@ -162,13 +186,13 @@ class Core:
 
     def rotate_tenant(self, tenant: str) -> int:
         """Make a new tenant key, rewrap every service key under it, destroy the old. Returns the new version."""
-        self._check_open()
-        return lifecycle.rotate_tenant(self._vault, tenant, utc_now())
+        self._look()
+        return lifecycle.rotate_tenant(self._vault, check_name(tenant, "tenant"), utc_now())
 
     def replace_root(self, tenant: str, root: str) -> None:
         """Move the tenant key under another root, of any provider; nothing below it changes."""
-        self._check_open()
-        lifecycle.replace_root(self._vault, tenant, root, utc_now())
+        self._look()
+        lifecycle.replace_root(self._vault, check_name(tenant, "tenant"), root, utc_now())
 
     def kill(self, tenant: str, reason: str = "") -> None:
         """Switch a tenant off until ``restore``: its keys are zeroed first, then Gateways told, then it is recorded.
@@ -176,7 +200,7 @@ class Core:
         If the store cannot record it, the tenant is dark in this process all the same and the error is raised.
         """
         self._check_open()
-        lifecycle.kill(self._vault, tenant, reason, utc_now())
+        lifecycle.kill(self._vault, check_name(tenant, "tenant"), reason, utc_now())
 
     def restore(self, tenant: str) -> None:
         """Bring a killed tenant back; its root must open its tenant key now.
@@ -186,12 +210,12 @@ class Core:
             RootUnavailable: the root does not answer.
         """
         self._check_open()
-        lifecycle.restore(self._vault, tenant, utc_now())
+        lifecycle.restore(self._vault, check_name(tenant, "tenant"), utc_now())
 
     def unlink(self, tenant: str) -> None:
         """Destroy a tenant's keys for good: its data can never be read again from this vault."""
         self._check_open()
-        lifecycle.unlink(self._vault, tenant, utc_now())
+        lifecycle.unlink(self._vault, check_name(tenant, "tenant"), utc_now())
 
     def list_tenants(self) -> list[TenantStatus]:
         """Every linked tenant with its services, sorted by name."""
@@ -208,7 +232,7 @@ class Core:
             TenantNotFound: no such tenant.
         """
         self._check_open()
-        return read_tree(self._vault, tenant)
+        return read_tree(self._vault, None if tenant is None else check_name(tenant, "tenant"))
 
     def audit_records(self) -> list[audit.AuditRecord]:
         """Every act of key management, oldest first."""
@@ -227,15 +251,23 @@ class Core:
     def find_service(self, tenant: str, name: str) -> Service:
         """Look a service up; raises TenantNotFound, ServiceNotFound or KeyDestroyed."""
         self._check_open()
-        return lifecycle.find_service(self._vault, tenant, name)
+        return lifecycle.find_service(self._vault, check_name(tenant, "tenant"), check_name(name, "service"))
 
     def wrap_keys(self, service: Service, keys: SecretKeys, kind: Kind, ids: bytes = b"") -> WrappedKeys:
         """Wrap data keys under the service's active key.
 
         Args:
+            keys: at most ``limits.MAX_KEYS_PER_CALL``.
             ids: n x 16 bytes for stored kinds, else nothing.
+
+        Raises:
+            TenantDark, RootUnavailable: the service's key may not, or cannot, be used.
+            ServiceNotFound, TenantNotFound, KeyDestroyed: there is none, or none any more.
+            DecryptError: the service's own key was altered in the store.
         """
         self._look()
+        if type(kind) is not Kind:
+            raise InvalidInput(f"a kind is an openkcm.Kind, not {type(kind).__name__}")
 
         def wrap(held: ServiceKey) -> WrappedKeys:
             wrapped = crypto.wrap_many(held.key, keys, held.aad[kind], ids)
@@ -246,7 +278,12 @@ class Core:
     def unwrap_keys(
         self, service: Service, wrapped: WrappedKeys
     ) -> tuple[SecretKeys, Mapping[int, OpenKCMError]]:
-        """Open wrapped data keys; the mapping has the error of each position that did not open."""
+        """Open wrapped data keys; the mapping has the error of each position that did not open.
+
+        Raises:
+            LimitExceeded: more than ``limits.MAX_KEYS_PER_CALL`` keys.
+            TenantDark, RootUnavailable, ServiceNotFound, TenantNotFound: nothing was tried.
+        """
         self._look()
         blobs, failures = self._without_shredded(service, wrapped)
 
@@ -256,14 +293,16 @@ class Core:
         try:
             keys, failed = self._with_key(service, wrapped.version, unwrap)
         except (DecryptError, KeyDestroyed) as error:
-            everything: dict[int, OpenKCMError] = dict.fromkeys(range(len(wrapped)), error)
-            return crypto.generate_keys(len(wrapped)), everything | failures
+            return crypto.generate_keys(len(wrapped)), _every(wrapped, error, failures)
         return keys, _errors(failed, failures)
 
     def rewrap_keys(
         self, service: Service, wrapped: WrappedKeys
     ) -> tuple[WrappedKeys, Mapping[int, OpenKCMError]]:
-        """Move wrapped data keys under the active service key."""
+        """Move wrapped data keys under the active service key.
+
+        Positions that did not open are zeros, and the mapping has the error of each. Raises as ``unwrap_keys``.
+        """
         self._look()
         blobs, failures = self._without_shredded(service, wrapped)
 
@@ -274,7 +313,12 @@ class Core:
             )
             return WrappedKeys(wrapped.kind, new.version, moved, wrapped.ids), failed
 
-        moved, failed = self._with_key(service, wrapped.version, rewrap)
+        try:
+            moved, failed = self._with_key(service, wrapped.version, rewrap)
+        except (DecryptError, KeyDestroyed) as error:
+            nothing = bytes(len(wrapped.wrapped))
+            moved = WrappedKeys(wrapped.kind, wrapped.version, nothing, wrapped.ids)
+            return moved, _every(wrapped, error, failures)
         return moved, _errors(failed, failures)
 
     def shred_keys(self, service: Service, ids: bytes) -> None:
@@ -313,28 +357,30 @@ class Core:
                 if self._watcher is None:
                     self._watcher = Watcher(self, self._interval)
         # The thread may be starved; a use after twice its interval looks for itself.
-        if time.monotonic() - self._vault.polled > 2 * self._interval:
-            self._vault.poll()
+        if self._vault.clock() - self._vault.polled > 2 * self._interval:
+            # Open keys outlive an outage of the store; the watcher logs it.
+            with contextlib.suppress(StoreUnavailable):
+                self._vault.poll()
 
     def _with_key(self, service: Service, version: int | None, use: Callable[[ServiceKey], T]) -> T:
-        """Run ``use`` with a service key; once more if the key was dropped between look-up and use."""
-        for last in (False, True):
-            held = (
-                self._vault.active_key(service)
-                if version is None
-                else self._vault.version_key(service, version)
-            )
+        """Run ``use`` with a service key; again if the key was dropped between look-up and use."""
+        vault = self._vault
+        for _ in range(_TRIES):
+            held = vault.active_key(service) if version is None else vault.version_key(service, version)
             try:
                 return use(held)
             except SecretMemoryError:
-                if last or not held.key.wiped:
+                # Still in place: it is not our key that was wiped, or no memory can be locked.
+                if vault.ring.version(service.service_id, held.version) is held:
                     raise
-        raise AssertionError
+        raise StoreUnavailable(OVERTAKEN)
 
     def _without_shredded(
         self, service: Service, wrapped: WrappedKeys
     ) -> tuple[bytes, dict[int, OpenKCMError]]:
         """Blank out shredded keys, so that they are not even opened."""
+        if len(wrapped) > MAX_KEYS_PER_CALL:
+            raise LimitExceeded(f"{len(wrapped)} keys in one call; at most {MAX_KEYS_PER_CALL} are allowed")
         if not wrapped.kind.stored:
             return wrapped.wrapped, {}
         gone = self._tombstones.find(service, wrapped.ids)
@@ -355,6 +401,12 @@ class Core:
         self._watcher = None
         self._starting = threading.Lock()
         self._tombstones = tombstones.Tombstones(self._vault.store)
+
+
+def _every(
+    wrapped: WrappedKeys, error: OpenKCMError, known: dict[int, OpenKCMError]
+) -> Mapping[int, OpenKCMError]:
+    return {at: known.get(at) or error for at in range(len(wrapped))}
 
 
 def _errors(failed: list[int], known: dict[int, OpenKCMError]) -> Mapping[int, OpenKCMError]:

@@ -8,7 +8,8 @@ zeroes every key of it before it returns, waiting for the batches in flight, and
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ..crypto import WrappingKey
 from ..envelope import data_key_aad
@@ -44,8 +45,12 @@ class Keyring:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        # Whoever drops a tenant that another thread is dropping waits until it is zeroed.
+        self._wiping = threading.RLock()
+        self._closed = False
         self._epochs: dict[str, int] = {}
         self._tenants: dict[str, _Tenant] = {}
+        self._passing: dict[str, list[WrappingKey]] = {}
         self._active: dict[bytes, ServiceKey] = {}
         self._versions: dict[tuple[bytes, int], ServiceKey] = {}
 
@@ -66,7 +71,7 @@ class Keyring:
             return held.tenant_keys.get(version) if held else None
 
     def epoch(self, tenant: str) -> int:
-        """A number that grows when the tenant is dropped; take it before an opening begins."""
+        """A number that grows when the tenant is dropped; take it before the store is read for an opening."""
         with self._lock:
             return self._epochs.get(tenant, 0)
 
@@ -82,44 +87,91 @@ class Keyring:
         generation: int,
         *,
         tenant_key: tuple[int, WrappingKey] | None = None,
-        service_keys: Iterable[ServiceKey] = (),
-        active: ServiceKey | None = None,
+        service_key: ServiceKey | None = None,
+        active: bool = False,
     ) -> bool:
-        """Make opened keys available; returns False, having kept nothing, if the tenant was dropped meanwhile."""
+        """Make opened keys available.
+
+        Returns False, having kept nothing, if the tenant was dropped meanwhile or its other keys are of another
+        generation.
+        """
         with self._lock:
-            if self._epochs.get(tenant, 0) != epoch:
+            if self._closed or self._epochs.get(tenant, 0) != epoch:
                 return False
             held = self._tenants.setdefault(tenant, _Tenant(generation))
-            held.generation = generation
+            if held.generation != generation:
+                return False
             if tenant_key is not None:
                 held.tenant_keys[tenant_key[0]] = tenant_key[1]
-            for opened in service_keys:
-                place = (opened.service.service_id, opened.version)
-                held.service_keys[place] = self._versions[place] = opened
-            if active is not None:
-                self._active[active.service.service_id] = active
+            if service_key is not None:
+                self._add(held, service_key, active)
             return True
+
+    def advance(self, tenant: str, epoch: int, before: int, after: int, active: ServiceKey) -> bool:
+        """Put a new active key in place at a new generation, all other keys staying as they are.
+
+        Returns False, having kept nothing, if the tenant was dropped meanwhile or is not at generation ``before``.
+        """
+        with self._lock:
+            held = self._tenants.get(tenant)
+            if held is None or held.generation != before or self._epochs.get(tenant, 0) != epoch:
+                return False
+            held.generation = after
+            self._passing[tenant].remove(active.key)
+            self._add(held, active, True)
+            return True
+
+    def _add(self, held: _Tenant, opened: ServiceKey, active: bool) -> None:
+        place = (opened.service.service_id, opened.version)
+        held.service_keys[place] = self._versions[place] = opened
+        if active:
+            self._active[opened.service.service_id] = opened
+
+    @contextmanager
+    def passing(self, tenant: str, epoch: int, key: WrappingKey) -> Iterator[WrappingKey]:
+        """Wipe a key that an act is still making when the block ends, or when its tenant is dropped before that.
+
+        ``advance`` takes the key over.
+        """
+        with self._lock:
+            dropped = self._closed or self._epochs.get(tenant, 0) != epoch
+            keys = self._passing.setdefault(tenant, [])
+            keys.append(key)
+        try:
+            if dropped:
+                key.wipe()
+            yield key
+        finally:
+            with self._lock:
+                kept = key not in keys
+                if not kept:
+                    keys.remove(key)
+                if not keys and self._passing.get(tenant) is keys:
+                    del self._passing[tenant]
+            if not kept:
+                key.wipe()
 
     def drop(self, tenant: str) -> bool:
         """Zero every key of a tenant; returns whether any was open."""
-        with self._lock:
-            self._epochs[tenant] = self._epochs.get(tenant, 0) + 1
-            held = self._tenants.pop(tenant, None)
-            if held is None:
-                return False
-            for place, opened in held.service_keys.items():
-                self._versions.pop(place, None)
-                if self._active.get(place[0]) is opened:
-                    del self._active[place[0]]
-        for opened in held.service_keys.values():
-            opened.key.wipe()
-        for key in held.tenant_keys.values():
-            key.wipe()
-        return True
+        with self._wiping:
+            with self._lock:
+                self._epochs[tenant] = self._epochs.get(tenant, 0) + 1
+                passing = list(self._passing.get(tenant, ()))
+                held = self._tenants.pop(tenant, None) or _Tenant(0)
+                for place, opened in held.service_keys.items():
+                    self._versions.pop(place, None)
+                    if self._active.get(place[0]) is opened:
+                        del self._active[place[0]]
+            # Tenant keys first: no service key can be opened under them while the others are waited for.
+            keys = [*held.tenant_keys.values(), *(each.key for each in held.service_keys.values()), *passing]
+            for key in keys:
+                key.wipe()
+            return bool(keys)
 
-    def drop_all(self) -> None:
-        """Zero everything."""
+    def close(self) -> None:
+        """Zero everything, for good."""
         with self._lock:
-            names = list(self._tenants)
+            self._closed = True
+            names = {*self._tenants, *self._passing}
         for tenant in names:
             self.drop(tenant)

@@ -8,24 +8,56 @@ root's answer it needs is at hand, and it checks in that transaction that nobody
 
 from __future__ import annotations
 
-import contextlib
-from typing import Final
+from collections.abc import Callable
+from typing import Final, TypeVar
 
 import sqlalchemy as sql
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
 
 from ..crypto import WrappingKey, generate_wrapping_key, random_bytes
-from ..errors import AlreadyExists, KeyDestroyed, ServiceNotFound, StoreUnavailable, TenantNotFound
+from ..errors import (
+    AlreadyExists,
+    InvalidInput,
+    KeyDestroyed,
+    LimitExceeded,
+    SecretMemoryError,
+    ServiceNotFound,
+    StoreUnavailable,
+    TenantNotFound,
+)
 from ..keys import KeyState, Service
 from ..limits import SERVICE_ID_BYTES
 from . import audit, schema
 from .keyring import ServiceKey
 from .opening import open_service_key, seal_tenant_key, wrap_service_key, wrap_under_root
-from .vault import KILLED, LIVE, UNLINKED, TenantRow, Vault
+from .vault import KILLED, LIVE, OVERTAKEN, UNLINKED, OpenTenant, TenantRow, Vault
+
+T = TypeVar("T")
 
 MAX_REASON: Final = 256
-_OVERTAKEN: Final = "the tenant was changed by somebody else meanwhile; nothing was done, try again"
+MAX_ROOT_URI: Final = 1000
+_TRIES: Final = 8
+
+
+class _Overtaken(StoreUnavailable):
+    """Somebody else changed the tenant between the reading and the writing of an act; nothing was done."""
+
+
+def _attempt(vault: Vault, tenant: str, act: Callable[[], T], tries: int = _TRIES) -> T:
+    """Carry an act out, from its start again where somebody else's change of the tenant overtook it."""
+    for left in reversed(range(tries)):
+        epoch = vault.ring.epoch(tenant)
+        try:
+            return act()
+        except _Overtaken:
+            if not left:
+                break
+        except SecretMemoryError:
+            # A key that was dropped meanwhile; else no memory can be locked.
+            if not left or vault.ring.epoch(tenant) == epoch:
+                raise
+    raise StoreUnavailable(OVERTAKEN)
 
 
 # ---- tenants -------------------------------------------------------------------------------------------
@@ -35,15 +67,18 @@ def link_tenant(vault: Vault, tenant: str, root_uri: str, region: str, at: str) 
     """Make a tenant key and wrap it under the seal key and the root."""
     with vault.store.read() as connection:
         _refuse_linked(connection, tenant)
-    root = vault.root(root_uri, create=True)
-    with contextlib.closing(_Fresh()) as fresh:
-        sealed = seal_tenant_key(vault.seal(), fresh.key, tenant, region, 1)
+    root = vault.root(_check_root(root_uri), create=True)
+    key = generate_wrapping_key()
+    try:
+        sealed = seal_tenant_key(vault.seal(), key, tenant, region, 1)
+    finally:
+        key.wipe()
     wrapped = wrap_under_root(root, sealed, tenant, region, 1)
     with vault.store.write() as connection:
         before = _refuse_linked(connection, tenant)
         row = {
             "region": region,
-            "root_uri": root.uri,
+            "root_uri": _check_root(root.uri),
             "state": LIVE,
             "reason": "",
             "generation": before + 1,
@@ -65,7 +100,8 @@ def link_tenant(vault: Vault, tenant: str, root_uri: str, region: str, at: str) 
 
 def kill(vault: Vault, tenant: str, reason: str, at: str) -> None:
     """Zero, tell, record: in this order."""
-    reason = reason[:MAX_REASON]
+    # Whatever was given as a reason, it must not stand in the way.
+    reason = str(reason).encode("utf-8", "replace").decode()[:MAX_REASON]
     vault.go_dark(tenant, killed=reason)
     try:
         with vault.store.write() as connection:
@@ -81,78 +117,99 @@ def kill(vault: Vault, tenant: str, reason: str, at: str) -> None:
             f"restart do not know: {error}. Repeat the kill",
             retryable=error.retryable,
         ) from None
+    vault.settle_dark(tenant)
 
 
 def restore(vault: Vault, tenant: str, at: str) -> None:
-    """Open the tenant key through its root, and only then call the tenant live."""
-    with vault.store.read() as connection:
-        row = vault.tenant_row(connection, tenant)
-    vault.open_through_root(row).wipe()
-    with vault.store.write() as connection:
-        _unchanged(connection, row)
-        _change(connection, tenant, at, state=LIVE, reason="")
-        audit.append(connection, at, "restore", tenant)
-    vault.go_live(tenant)
+    """Open the tenant key through its root, and only then call the tenant live.
+
+    Not tried again when overtaken: what came between may have been a kill, which stands.
+    """
+
+    def act() -> None:
+        with vault.store.read() as connection:
+            row = vault.tenant_row(connection, tenant)
+        vault.open_through_root(row).wipe()
+        with vault.store.write() as connection:
+            _unchanged(connection, row)
+            generation = _change(connection, tenant, at, state=LIVE, reason="")
+            audit.append(connection, at, "restore", tenant)
+        vault.changed(tenant, generation)
+        vault.go_live(tenant)
+
+    _attempt(vault, tenant, act, tries=1)
 
 
 def unlink(vault: Vault, tenant: str, at: str) -> None:
     """Delete every wrapped key of the tenant; SQLite overwrites what it deletes."""
     with vault.store.read() as connection:
         _linked(connection, tenant)
-    vault.go_dark(tenant, killed="unlinked")
-    with vault.store.write() as connection:
-        _linked(connection, tenant)
-        services = sql.select(schema.services.c.service_id).where(schema.services.c.tenant == tenant)
-        for table in (schema.service_keys, schema.shredded_keys):
-            connection.execute(table.delete().where(table.c.service_id.in_(services)))
-        for table in (schema.services, schema.tenant_keys):
-            connection.execute(table.delete().where(table.c.tenant == tenant))
-        _change(connection, tenant, at, state=UNLINKED, reason="unlinked")
-        audit.append(connection, at, "unlink", tenant)
+    vault.go_dark(tenant, killed="being unlinked")
+    try:
+        with vault.store.write() as connection:
+            _linked(connection, tenant)
+            _delete_keys(connection, tenant)
+            _change(connection, tenant, at, state=UNLINKED, reason="unlinked")
+            audit.append(connection, at, "unlink", tenant)
+    except BaseException:
+        vault.go_live(tenant)  # unlike a kill, an unlink that failed was none
+        raise
+    vault.settle_dark(tenant)
     vault.store.checkpoint()
+
+
+def _delete_keys(connection: Connection, tenant: str) -> None:
+    services = sql.select(schema.services.c.service_id).where(schema.services.c.tenant == tenant)
+    for table in (schema.service_keys, schema.shredded_keys):
+        connection.execute(table.delete().where(table.c.service_id.in_(services)))
+    for table in (schema.services, schema.tenant_keys):
+        connection.execute(table.delete().where(table.c.tenant == tenant))
 
 
 def rotate_tenant(vault: Vault, tenant: str, at: str) -> int:
     """Move every service key under a new tenant key and destroy the old one."""
-    with vault.store.read() as connection:
-        row = vault.tenant_row(connection, tenant)
-    old = vault.tenant_key(row)
-    version = row.key_version + 1
-    with contextlib.closing(_Fresh()) as fresh:
-        sealed = seal_tenant_key(vault.seal(), fresh.key, tenant, row.region, version)
-        wrapped = wrap_under_root(vault.root(row.root_uri), sealed, tenant, row.region, version)
-        with vault.store.write() as connection:
-            _unchanged(connection, row)
-            connection.execute(
-                schema.tenant_keys.insert().values(
-                    tenant=tenant, version=version, state=KeyState.ACTIVE, wrapped=wrapped, created_at=at
+
+    def act() -> int:
+        opened = vault.open_tenant(tenant)
+        row, version = opened.row, opened.row.key_version + 1
+        with vault.ring.passing(tenant, opened.epoch, generate_wrapping_key()) as key:
+            sealed = seal_tenant_key(vault.seal(), key, tenant, row.region, version)
+            wrapped = wrap_under_root(vault.root(row.root_uri), sealed, tenant, row.region, version)
+            with vault.store.write() as connection:
+                _unchanged(connection, row)
+                connection.execute(
+                    schema.tenant_keys.insert().values(
+                        tenant=tenant, version=version, state=KeyState.ACTIVE, wrapped=wrapped, created_at=at
+                    )
                 )
-            )
-            _rewrap_service_keys(connection, row, old, fresh.key, version)
-            connection.execute(
-                schema.tenant_keys.update()
-                .where(schema.tenant_keys.c.tenant == tenant, schema.tenant_keys.c.version == row.key_version)
-                .values(state=KeyState.DESTROYED, wrapped=b"")
-            )
-            _change(connection, tenant, at)
-            audit.append(connection, at, "rotate-tenant", tenant, detail=f"version {version}")
-    vault.ring.drop(tenant)
+                _rewrap_service_keys(connection, opened, key, version)
+                connection.execute(
+                    schema.tenant_keys.update()
+                    .where(
+                        schema.tenant_keys.c.tenant == tenant, schema.tenant_keys.c.version == row.key_version
+                    )
+                    .values(state=KeyState.DESTROYED, wrapped=b"")
+                )
+                generation = _change(connection, tenant, at)
+                audit.append(connection, at, "rotate-tenant", tenant, detail=f"version {version}")
+        vault.changed(tenant, generation)
+        return version
+
+    version = _attempt(vault, tenant, act)
     vault.store.checkpoint()
     return version
 
 
-def _rewrap_service_keys(
-    connection: Connection, row: TenantRow, old: WrappingKey, new: WrappingKey, version: int
-) -> None:
-    keys = schema.service_keys.c
+def _rewrap_service_keys(connection: Connection, opened: OpenTenant, new: WrappingKey, version: int) -> None:
+    keys, row = schema.service_keys.c, opened.row
     held = connection.execute(sql.select(schema.service_keys).where(keys.tenant == row.tenant)).all()
     for each in held:
         wrapped = b""
         if each.state != KeyState.DESTROYED:
             place = (row.tenant, row.region, each.service_id, each.version)
-            opened = open_service_key(old, each.wrapped, *place)
-            wrapped = wrap_service_key(new, opened, *place)
-            opened.wipe()
+            key = open_service_key(opened.key, each.wrapped, *place)
+            wrapped = wrap_service_key(new, key, *place)
+            key.wipe()
         connection.execute(
             schema.service_keys.update()
             .where(keys.service_id == each.service_id, keys.version == each.version)
@@ -162,24 +219,30 @@ def _rewrap_service_keys(
 
 def replace_root(vault: Vault, tenant: str, root_uri: str, at: str) -> None:
     """Wrap the tenant key under another root, having opened it through the old one."""
-    with vault.store.read() as connection:
-        row = vault.tenant_row(connection, tenant)
-    root = vault.root(root_uri, create=True)
-    vault.check_live(row)
-    key = vault.open_through_root(row)
-    sealed = seal_tenant_key(vault.seal(), key, tenant, row.region, row.key_version)
-    key.wipe()
-    wrapped = wrap_under_root(root, sealed, tenant, row.region, row.key_version)
-    with vault.store.write() as connection:
-        _unchanged(connection, row)
-        connection.execute(
-            schema.tenant_keys.update()
-            .where(schema.tenant_keys.c.tenant == tenant, schema.tenant_keys.c.version == row.key_version)
-            .values(wrapped=wrapped)
-        )
-        _change(connection, tenant, at, root_uri=root.uri)
-        audit.append(connection, at, "replace-root", tenant, detail=f"root {root.uri}")
-    vault.ring.drop(tenant)
+    root = vault.root(_check_root(root_uri), create=True)
+
+    def act() -> None:
+        with vault.store.read() as connection:
+            row = vault.tenant_row(connection, tenant)
+        vault.check_live(row)
+        key = vault.open_through_root(row)
+        try:
+            sealed = seal_tenant_key(vault.seal(), key, tenant, row.region, row.key_version)
+        finally:
+            key.wipe()
+        wrapped = wrap_under_root(root, sealed, tenant, row.region, row.key_version)
+        with vault.store.write() as connection:
+            _unchanged(connection, row)
+            connection.execute(
+                schema.tenant_keys.update()
+                .where(schema.tenant_keys.c.tenant == tenant, schema.tenant_keys.c.version == row.key_version)
+                .values(wrapped=wrapped)
+            )
+            generation = _change(connection, tenant, at, root_uri=_check_root(root.uri))
+            audit.append(connection, at, "replace-root", tenant, detail=f"root {root.uri}")
+        vault.changed(tenant, generation)
+
+    _attempt(vault, tenant, act)
     vault.store.checkpoint()
 
 
@@ -203,13 +266,13 @@ def find_service(vault: Vault, tenant: str, name: str) -> Service:
 
 def create_service(vault: Vault, tenant: str, name: str, at: str) -> Service:
     """Make a service id and version 1 of its key."""
-    with vault.store.read() as connection:
-        row = vault.tenant_row(connection, tenant)
-    tenant_key = vault.tenant_key(row)
-    service = Service(tenant, row.region, name, random_bytes(SERVICE_ID_BYTES))
-    with contextlib.closing(_Fresh()) as fresh:
-        wrapped = wrap_service_key(tenant_key, fresh.key, tenant, row.region, service.service_id, 1)
-    try:
+
+    def act() -> Service:
+        opened = vault.open_tenant(tenant)
+        row = opened.row
+        service = Service(tenant, row.region, name, random_bytes(SERVICE_ID_BYTES))
+        with vault.ring.passing(tenant, opened.epoch, generate_wrapping_key()) as key:
+            wrapped = wrap_service_key(opened.key, key, tenant, row.region, service.service_id, 1)
         with vault.store.write() as connection:
             _unchanged(connection, row)
             connection.execute(
@@ -219,60 +282,76 @@ def create_service(vault: Vault, tenant: str, name: str, at: str) -> Service:
             )
             _insert_service_key(connection, row, service, 1, wrapped, at)
             audit.append(connection, at, "create-service", tenant, name)
+        return service
+
+    try:
+        return _attempt(vault, tenant, act)
     except IntegrityError:
         raise AlreadyExists(f"the tenant {tenant} has a service {name} already") from None
-    return service
 
 
 def rotate_service(vault: Vault, service: Service, at: str) -> int:
     """Make a new active version; the one before only unwraps from now on."""
-    with vault.store.read() as connection:
-        row = vault.tenant_row(connection, service.tenant)
-        active = connection.execute(
-            sql.select(schema.services.c.active_version).where(
-                schema.services.c.service_id == service.service_id
-            )
-        ).scalar_one()
-    epoch = vault.ring.epoch(service.tenant)
-    tenant_key = vault.tenant_key(row)
-    version = int(active) + 1
-    key = generate_wrapping_key()
-    wrapped = wrap_service_key(tenant_key, key, row.tenant, row.region, service.service_id, version)
-    with vault.store.write() as connection:
-        _unchanged(connection, row)
-        _insert_service_key(connection, row, service, version, wrapped, at)
-        keys = schema.service_keys.c
-        connection.execute(
-            schema.service_keys.update()
-            .where(keys.service_id == service.service_id, keys.version == active)
-            .values(state=KeyState.DEACTIVATED)
+
+    def act() -> int:
+        opened = vault.open_tenant(service.tenant)
+        row = opened.row
+        with vault.ring.passing(row.tenant, opened.epoch, generate_wrapping_key()) as key:
+            with vault.store.write() as connection:
+                _unchanged(connection, row)
+                version = _active_version(connection, service) + 1
+                wrapped = wrap_service_key(
+                    opened.key, key, row.tenant, row.region, service.service_id, version
+                )
+                _deactivate(connection, service, version - 1)
+                _insert_service_key(connection, row, service, version, wrapped, at)
+                connection.execute(
+                    schema.services.update()
+                    .where(schema.services.c.service_id == service.service_id)
+                    .values(active_version=version)
+                )
+                generation = _change(connection, row.tenant, at)
+                audit.append(connection, at, "rotate-service", row.tenant, service.name, f"version {version}")
+            # Only now that it is durable may anything be wrapped under it.
+            active = ServiceKey(service, version, key)
+            kept = vault.ring.advance(row.tenant, opened.epoch, row.generation, generation, active)
+        vault.changed(row.tenant, generation, keep=kept)
+        return version
+
+    return _attempt(vault, service.tenant, act)
+
+
+def _active_version(connection: Connection, service: Service) -> int:
+    version = connection.execute(
+        sql.select(schema.services.c.active_version).where(schema.services.c.service_id == service.service_id)
+    ).scalar()
+    if version is None:
+        raise ServiceNotFound(f"the tenant {service.tenant} has no service {service.name} any more")
+    return int(version)
+
+
+def _deactivate(connection: Connection, service: Service, version: int) -> None:
+    keys = schema.service_keys.c
+    connection.execute(
+        schema.service_keys.update()
+        .where(
+            keys.service_id == service.service_id,
+            keys.version == version,
+            keys.state == KeyState.ACTIVE,
         )
-        connection.execute(
-            schema.services.update()
-            .where(schema.services.c.service_id == service.service_id)
-            .values(active_version=version)
-        )
-        _change(connection, service.tenant, at)
-        audit.append(connection, at, "rotate-service", service.tenant, service.name, f"version {version}")
-    opened = ServiceKey(service, version, key)
-    if not vault.ring.publish(
-        service.tenant, epoch, row.generation + 1, service_keys=[opened], active=opened
-    ):
-        key.wipe()
-    return version
+        .values(state=KeyState.DEACTIVATED)
+    )
 
 
 # ---- pieces --------------------------------------------------------------------------------------------
 
 
-class _Fresh:
-    """A new wrapping key that is wiped when its block ends."""
-
-    def __init__(self) -> None:
-        self.key = generate_wrapping_key()
-
-    def close(self) -> None:
-        self.key.wipe()
+def _check_root(uri: object) -> str:
+    if not isinstance(uri, str):
+        raise InvalidInput(f"a root is a URI in text, not {type(uri).__name__}")
+    if len(uri) > MAX_ROOT_URI:
+        raise LimitExceeded(f"a root URI takes at most {MAX_ROOT_URI} characters, not {len(uri)}")
+    return uri
 
 
 def _insert_service_key(
@@ -323,14 +402,17 @@ def _unchanged(connection: Connection, row: TenantRow) -> None:
         sql.select(columns.generation).where(columns.tenant == row.tenant)
     ).scalar()
     if generation != row.generation:
-        raise StoreUnavailable(_OVERTAKEN)
+        raise _Overtaken
 
 
-def _change(connection: Connection, tenant: str, at: str, **values: str) -> None:
-    """Set columns of a tenant; the generation tells other processes."""
+def _change(connection: Connection, tenant: str, at: str, **values: str) -> int:
+    """Set columns of a tenant and its next generation, which tells other processes; returns that."""
     columns = schema.tenants.c
     connection.execute(
         schema.tenants.update()
         .where(columns.tenant == tenant)
         .values(generation=columns.generation + 1, changed_at=at, **values)
+    )
+    return int(
+        connection.execute(sql.select(columns.generation).where(columns.tenant == tenant)).scalar_one()
     )

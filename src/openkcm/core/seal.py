@@ -7,11 +7,12 @@ without passing through a Python object. An existing vault never gets a new seal
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
 
-from ..crypto import WrappingKey, generate_wrapping_key, read_wrapping_key, write_wrapping_key
+from ..crypto import WrappingKey, generate_wrapping_key, random_bytes, read_wrapping_key, write_wrapping_key
 from ..errors import SealError
 from ..limits import KEY_BYTES
 
@@ -22,7 +23,7 @@ def make_seal(path: Path) -> None:
     Raises:
         SealError: a file is there already, or the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    temporary = path.with_name(f".{path.name}.{random_bytes(8).hex()}.new")
     key = generate_wrapping_key()
     try:
         descriptor = os.open(
@@ -51,12 +52,20 @@ def open_seal(path: Path) -> WrappingKey:
         SealError: the file is missing, not this user's, open to others, or not 32 bytes.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         raise SealError(
             f"the seal file {path} is missing; without it nothing opens. Put the copy you kept back there"
         ) from None
+    except PermissionError:
+        raise SealError(
+            f"the seal file {path} may not be read by this user; run as the user that made it"
+        ) from None
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise SealError(
+                f"the seal file {path} is a symbolic link; name the file itself (seal=PATH)"
+            ) from None
         raise SealError(f"the seal file {path} cannot be opened: {error.strerror}") from None
     try:
         _check(path, os.fstat(descriptor))

@@ -14,7 +14,7 @@ import sqlalchemy as sql
 from ..crypto import WrappingKey, generate_wrapping_key, random_bytes, wrap_key
 from ..errors import AlreadyExists, ConfigurationError, SealError, StoreUnavailable
 from . import audit, schema
-from .seal import make_seal
+from .seal import make_seal, sync_folder
 from .vault import Vault, check_seal
 
 
@@ -36,6 +36,7 @@ def initialise(vault: Vault, region: str, at: str) -> None:
             if not vault.seal_path.exists():
                 raise  # else another process made it just now; that one counts
     _touch_private(vault)
+    sync_folder(vault.store.path.parent)
     vault.store.migrate()
     seal = vault.seal()
     with vault.store.write() as connection:

@@ -7,8 +7,10 @@ SQLite runs in WAL mode with full syncs and overwrites what it deletes.
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +20,11 @@ import sqlalchemy as sql
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.exc import DBAPIError, NoSuchModuleError, SQLAlchemyError
 
-from ..errors import InvalidInput, StoreUnavailable
+from ..errors import CoreUnavailable, InvalidInput, StoreUnavailable
 from ..sqlite import BUSY_SECONDS, PRAGMAS, close_before_fork, store_error
 from . import schema
+
+logger = logging.getLogger("openkcm")
 
 WHAT: Final = "the vault's store"
 
@@ -68,6 +72,7 @@ class Store:
         self._engine: Engine | None = None
         self._observer: sqlite3.Connection | None = None
         self._observers = 0
+        self._retired = False
         self._reset_locks()
         close_before_fork(self)
 
@@ -79,19 +84,27 @@ class Store:
         self._nested = threading.local()
 
     def exists(self) -> bool:
-        """Whether the database file is there and holds anything."""
-        try:
-            return self.path.stat().st_size > 0
-        except FileNotFoundError:
-            return False
-        except OSError as error:
+        """Whether the database file is there and holds anything.
+
+        Raises:
+            StoreUnavailable: it cannot be told, or only its write-ahead log is there.
+        """
+        if _size(self.path):
+            return True
+        log = self.path.with_name(f"{self.path.name}-wal")
+        if _size(log):
+            # SQLite deletes the log of a database that is not there, with all that was committed to it.
             raise StoreUnavailable(
-                f"the vault's store cannot be reached: {error.strerror}", retryable=False
-            ) from None
+                f"{WHAT}: {self.path} is missing or empty, but its write-ahead log {log.name} is there; put the "
+                "database back beside it, or move the log away to begin anew",
+                retryable=False,
+            )
+        return False
 
     @property
     def engine(self) -> Engine:
         """The process's engine, made on first use."""
+        self._check_open()
         if self._engine is None:
             engine = sql.create_engine(
                 self._url.set(database=str(self.path)),
@@ -144,6 +157,7 @@ class Store:
     def data_version(self) -> int:
         """A number that changes when any other connection, of any process, commits (PRAGMA data_version)."""
         with self._use(), self._observing:
+            self._check_open()
             if self._observer is None:
                 self._observer = sqlite3.connect(
                     f"{self.path.as_uri()}?mode=rw",
@@ -160,9 +174,9 @@ class Store:
         """Bring an empty or older database to the newest schema.
 
         Raises:
-            StoreUnavailable: the database was made by a newer version.
+            StoreUnavailable: the database was made by a newer version, or is no vault at all.
         """
-        with self._use(), self.engine.connect() as connection:
+        with self.read() as connection:
             revision = _revision(connection)
         if revision == schema.HEAD:
             return
@@ -176,18 +190,40 @@ class Store:
         with self.write() as connection:
             upgrade(connection, schema.HEAD)
 
-    def checkpoint(self) -> None:
-        """Fold the write-ahead log into the database, so that what was deleted is not left in it either."""
-        with self._use(), self.engine.connect() as connection:
-            connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    def checkpoint(self) -> bool:
+        """Fold the write-ahead log into the database, so that what was deleted is not left in it either.
+
+        Never raises: what it follows is durable already. False if it failed, or if another connection was in the way
+        for as long as a writer waits; the next checkpoint then does it.
+        """
+        try:
+            with self._use(), self.engine.connect() as connection:
+                busy = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").scalar()
+        except StoreUnavailable as error:
+            logger.warning("deleted keys may still be in the write-ahead log of %s: %s", self.path, error)
+            return False
+        if busy:
+            logger.warning("deleted keys may still be in the write-ahead log of %s: it is in use", self.path)
+        return not busy
 
     def close(self) -> None:
-        """Close every connection."""
-        if self._observer is not None:
-            self._observer.close()
+        """Close every connection; the next use opens new ones."""
+        with self._observing:
+            if self._observer is not None:
+                self._observer.close()
+            self._observer = None
         if self._engine is not None:
             self._engine.dispose()
-        self._observer = self._engine = None
+        self._engine = None
+
+    def retire(self) -> None:
+        """Close for good: later uses raise CoreUnavailable."""
+        self._retired = True
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._retired:
+            raise CoreUnavailable("this Core was closed", retryable=False)
 
     def before_fork(self) -> None:
         """Wait until no other thread uses a connection, then close all."""
@@ -209,10 +245,28 @@ class Store:
         self._reset_locks()
 
 
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise StoreUnavailable(f"{WHAT} cannot be reached: {error.strerror}", retryable=False) from None
+
+
 def _revision(connection: Connection) -> str | None:
-    if not sql.inspect(connection).has_table("alembic_version"):
+    """The schema's revision, None for an empty database."""
+    tables = set(sql.inspect(connection).get_table_names())
+    if not tables:
         return None
-    return connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+    found = None
+    if tables >= {"alembic_version", schema.vault.name, schema.tenants.name}:
+        found = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+    if found is None:
+        raise StoreUnavailable(
+            f"{WHAT}: the database holds other tables than a vault's; check the path", retryable=False
+        )
+    return str(found)
 
 
 def _end(connection: Connection, statement: str) -> None:
@@ -226,8 +280,21 @@ def _configure(connection: Any, record: Any) -> None:
     connection.isolation_level = None  # transactions are begun by name, in read and write
     cursor = connection.cursor()
     for pragma in PRAGMAS:
-        cursor.execute(f"PRAGMA {pragma}")
+        _set_pragma(cursor, pragma)
     cursor.close()
+
+
+def _set_pragma(cursor: Any, pragma: str) -> None:
+    # Turning a new database to WAL does not wait for another process that is doing the same.
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            cursor.execute(f"PRAGMA {pragma}")
+            return
+        except sqlite3.OperationalError as error:
+            if (error.sqlite_errorcode & 0xFF) != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
 
 
 def default_key_store(path: Path) -> Path:

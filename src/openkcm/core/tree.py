@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Final
 
 import sqlalchemy as sql
 
@@ -12,6 +13,8 @@ from ..keys import KeyState, TenantState
 from . import schema
 from .status import ServiceKeyStatus, ServiceStatus, TenantStatus
 from .vault import LIVE, UNLINKED, Vault
+
+_BY_OPERATOR: Final = "killed by an operator"
 
 
 def read_tree(vault: Vault, tenant: str | None) -> list[TenantStatus]:
@@ -33,8 +36,8 @@ def read_tree(vault: Vault, tenant: str | None) -> list[TenantStatus]:
         TenantStatus(
             tenant=row.tenant,
             region=row.region,
-            state=TenantState.LIVE if row.state == LIVE else TenantState.DARK,
-            reason=(row.reason or "killed by an operator") if row.state != LIVE else "",
+            state=TenantState.LIVE if reason is None else TenantState.DARK,
+            reason=reason or "",
             root=row.root_uri,
             development=row.root_uri.startswith("local:"),
             key_version=row.key_version,
@@ -43,8 +46,16 @@ def read_tree(vault: Vault, tenant: str | None) -> list[TenantStatus]:
             services=tuple(services[row.tenant]),
             created_at=row.created_at,
         )
-        for row in rows
+        for row, reason in ((row, _why_dark(vault, row.tenant, row.state, row.reason)) for row in rows)
     ]
+
+
+def _why_dark(vault: Vault, tenant: str, state: str, reason: str) -> str | None:
+    """Why the tenant is dark, in this process at least; None if it is live."""
+    if state != LIVE:
+        return reason or _BY_OPERATOR
+    here = vault.dark_here(tenant)
+    return here if here is None else here or _BY_OPERATOR
 
 
 def _services(connection: sql.Connection, tenant: str | None) -> dict[str, list[ServiceStatus]]:

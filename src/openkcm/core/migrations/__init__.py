@@ -7,9 +7,14 @@ there is something to run.
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from typing import Final
 
 from sqlalchemy.engine import Connection
+
+_lock: Final = threading.Lock()
+"""Alembic keeps its context in module globals."""
 
 
 def upgrade(connection: Connection, revision: str) -> None:
@@ -21,4 +26,5 @@ def upgrade(connection: Connection, revision: str) -> None:
     config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
-    command.upgrade(config, revision)
+    with _lock:
+        command.upgrade(config, revision)
