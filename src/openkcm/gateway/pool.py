@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from .. import crypto
 from ..crypto import SecretKeys
+from ..errors import SecretMemoryError
 from ..keys import KeyService, Kind, Service
 from ..limits import WRAPPED_KEY_BYTES
 from .policy import DataKeyPolicy, PoolPolicy
@@ -119,6 +120,7 @@ class SharedKeys:
         self._pool = pool
         self._policy = policy
         self._lock = threading.Lock()
+        self._epoch = 0
         self._current: CurrentKey | None = None
 
     def reserve(self, sizes: list[int] | None, count: int) -> tuple[CurrentKey, int]:
@@ -130,7 +132,11 @@ class SharedKeys:
         with self._lock:
             current = self._current
             if current is None or not current.fits(sizes[0] if sizes else 0):
+                epoch = self._epoch
                 current = self._current = self._make()
+                # A wipe that came between the making and the assignment has to be done over.
+                if epoch != self._epoch:
+                    current.keys.wipe()
             if sizes is None:
                 taken = min(count, current.records)
             else:
@@ -144,10 +150,10 @@ class SharedKeys:
 
     def _make(self) -> CurrentKey:
         # In a handle of its own, which is collected, and so zeroed, after its last use.
-        ready, position = self._pool.take()
+        ready, position, keys = self._select()
         seconds = self._policy.seconds if self._policy.seconds is not None else float("inf")
         return CurrentKey(
-            ready.keys.select([position]),
+            keys,
             ready.version,
             ready.wrapped[position * WRAPPED_KEY_BYTES : (position + 1) * WRAPPED_KEY_BYTES],
             self._policy.records,
@@ -156,8 +162,20 @@ class SharedKeys:
             time.time() + seconds,
         )
 
+    def _select(self) -> tuple[ReadyKeys, int, SecretKeys]:
+        while True:
+            ready, position = self._pool.take()
+            try:
+                return ready, position, ready.keys.select([position])
+            except SecretMemoryError:
+                if not ready.keys.wiped:
+                    raise
+                # Wiped between look and use. The next round asks the Core, which says so if the tenant is dark.
+                self._pool.discard(ready)
+
     def wipe(self) -> None:
         """Zero the current key."""
+        self._epoch += 1
         current, self._current = self._current, None
         if current is not None:
             current.keys.wipe()
