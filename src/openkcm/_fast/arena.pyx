@@ -7,7 +7,7 @@ and out of forked children, and it is zeroed before its place is given to anothe
 memfd_secret where the kernel has it, otherwise mmap and mlock; there is no third way.
 """
 
-from libc.errno cimport errno
+from libc.errno cimport EACCES, EMFILE, ENFILE, ENOSYS, EPERM, errno
 from libc.stdint cimport uint8_t
 from libc.stdlib cimport abort, calloc, free
 from libc.stdio cimport fprintf, stderr
@@ -21,6 +21,7 @@ cdef extern from "sys/mman.h" nogil:
     int munmap(void *address, size_t size)
     int mlock(const void *address, size_t size)
     int madvise(void *address, size_t size, int advice)
+    int mprotect(void *address, size_t size, int protection)
     enum:
         PROT_NONE
         PROT_READ
@@ -28,7 +29,6 @@ cdef extern from "sys/mman.h" nogil:
         MAP_PRIVATE
         MAP_SHARED
         MAP_ANONYMOUS
-        MAP_FIXED
         MADV_DONTDUMP
         MADV_DONTFORK
     void *MAP_FAILED
@@ -94,31 +94,55 @@ cdef unsigned long forks = 0
 
 # ---- regions -------------------------------------------------------------------------------------------
 
-cdef int map_pages(uint8_t *place, size_t size) noexcept nogil:
-    """Put locked pages over the reservation at ``place``."""
+cdef uint8_t *map_secret_file(size_t size) noexcept nogil:
+    """Map a memfd_secret of ``size`` bytes; NULL when that cannot be done, or the kernel has none."""
     global secret_files, last_errno
-    cdef long descriptor
+    cdef long descriptor = syscall(SYS_memfd_secret, O_CLOEXEC)
+    cdef void *mapped = MAP_FAILED
+    last_errno = errno
+    if descriptor < 0:
+        # Not there, or forbidden by a container. Anything else (no file handle, no memory) is exhaustion.
+        if secret_files == -1 and (last_errno == ENOSYS or last_errno == EPERM or last_errno == EACCES):
+            secret_files = 0
+        return NULL
+    secret_files = 1
+    if ftruncate(<int>descriptor, <long>size) == 0:
+        mapped = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, <int>descriptor, 0)
+    last_errno = errno
+    # Closed at once: a child or another thread that holds the descriptor could map the keys.
+    close(<int>descriptor)
+    return NULL if mapped == MAP_FAILED else <uint8_t *>mapped
+
+
+cdef uint8_t *map_locked(size_t size) noexcept nogil:
+    """Map ``size`` bytes of locked pages; NULL when they cannot be had.
+
+    Never over a reservation (MAP_FIXED): where that fails the kernel may leave a hole that another thread's
+    mapping falls into, and unmapping the rest would then take that thread's memory away.
+    """
+    global last_errno
     cdef void *mapped
     if secret_files != 0:
-        descriptor = syscall(SYS_memfd_secret, O_CLOEXEC)
-        if descriptor >= 0:
-            secret_files = 1
-            mapped = MAP_FAILED
-            if ftruncate(<int>descriptor, <long>size) == 0:
-                mapped = mmap(place, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, <int>descriptor, 0)
-            last_errno = errno
-            # Closed at once: a child or another thread that holds the descriptor could map the keys.
-            close(<int>descriptor)
-            return mapped != MAP_FAILED
+        mapped = map_secret_file(size)
+        if secret_files != 0:
+            return <uint8_t *>mapped
+    mapped = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    if mapped == MAP_FAILED:
         last_errno = errno
-        if secret_files == 1:
-            return 0                # it worked before, so this is exhaustion and not an old kernel
-        secret_files = 0
-    mapped = mmap(place, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0)
-    if mapped == MAP_FAILED or mlock(place, size) != 0:
+        return NULL
+    if mlock(mapped, size) != 0:
         last_errno = errno
-        return 0
-    return 1
+        munmap(mapped, size)
+        return NULL
+    return <uint8_t *>mapped
+
+
+cdef int protect(uint8_t *mapping, size_t size) noexcept nogil:
+    """Make the outer pages guards, and keep the whole out of core dumps and forked children."""
+    return (mprotect(mapping, page, PROT_NONE) == 0
+            and mprotect(mapping + size - page, page, PROT_NONE) == 0
+            and madvise(mapping, size, MADV_DONTDUMP) == 0
+            and madvise(mapping, size, MADV_DONTFORK) == 0)
 
 
 cdef Region *region_map(size_t size) noexcept nogil:
@@ -131,22 +155,15 @@ cdef Region *region_map(size_t size) noexcept nogil:
     region.granules = usable // GRANULE
     region.taken = <uint8_t *>calloc(region.granules, 1)
     region.mapped = usable + 2 * page
-    region.mapping = <uint8_t *>mmap(NULL, region.mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
-    if <void *>region.mapping == MAP_FAILED or region.taken == NULL:
-        last_errno = errno
-        if <void *>region.mapping != MAP_FAILED:
+    region.mapping = map_locked(region.mapped) if region.taken != NULL else NULL
+    if region.mapping == NULL or not protect(region.mapping, region.mapped):
+        if region.mapping != NULL:
+            last_errno = errno
             munmap(region.mapping, region.mapped)
         free(region.taken)
         free(region)
         return NULL
     region.start = region.mapping + page
-    if (not map_pages(region.start, usable)
-            or madvise(region.start, usable, MADV_DONTDUMP) != 0
-            or madvise(region.start, usable, MADV_DONTFORK) != 0):
-        munmap(region.mapping, region.mapped)
-        free(region.taken)
-        free(region)
-        return NULL
     region.available = region.granules
     region.next = regions
     regions = region
@@ -321,6 +338,11 @@ cdef void arena_unlock() noexcept nogil:
 
 cdef str exhausted():
     """Say why no slot was to be had, and what to do."""
+    if last_errno == EMFILE or last_errno == ENFILE:
+        return (
+            "no file handle was left to map memory for keys (RLIMIT_NOFILE); close files, or raise it with "
+            "'ulimit -n' or LimitNOFILE= in a systemd unit"
+        )
     limit = secret_memory_info()["limit_bytes"]
     allowed = "no limit is set" if limit is None else f"the limit (RLIMIT_MEMLOCK) is {limit // 1024} KiB"
     return (
