@@ -26,7 +26,7 @@ KEEP_BYTES: Final = 1024 * 1024
 
 _SYS_MEMFD_SECRET: Final = 447
 _PROT_NONE, _PROT_READ_WRITE = 0, 3
-_MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS = 1, 2, 0x10, 0x20
+_MAP_SHARED, _MAP_PRIVATE, _MAP_ANONYMOUS = 1, 2, 0x20
 _MADV_DONTFORK, _MADV_DONTDUMP = 10, 16
 
 _ffi: Final = cffi.FFI()
@@ -36,6 +36,7 @@ _ffi.cdef(
     int munmap(void *, size_t);
     int mlock(const void *, size_t);
     int madvise(void *, size_t, int);
+    int mprotect(void *, size_t, int);
     int ftruncate(int, long);
     long syscall(long, ...);
     """
@@ -51,14 +52,15 @@ class _Region:
     def __init__(self, size: int) -> None:
         self.size = (max(size, REGION_BYTES) + _PAGE - 1) // _PAGE * _PAGE
         self.mapped = self.size + 2 * _PAGE
-        self.mapping = _c.mmap(_ffi.NULL, self.mapped, _PROT_NONE, _MAP_PRIVATE | _MAP_ANONYMOUS, -1, 0)
+        self.mapping = _map_locked(self.mapped)
         if self.mapping == _FAILED:
             raise _exhausted()
         self.start = _ffi.cast("char *", self.mapping) + _PAGE
         if not (
-            _lock_pages(self.start, self.size)
-            and _c.madvise(self.start, self.size, _MADV_DONTDUMP) == 0
-            and _c.madvise(self.start, self.size, _MADV_DONTFORK) == 0
+            _c.mprotect(self.mapping, _PAGE, _PROT_NONE) == 0
+            and _c.mprotect(self.start + self.size, _PAGE, _PROT_NONE) == 0
+            and _c.madvise(self.mapping, self.mapped, _MADV_DONTDUMP) == 0
+            and _c.madvise(self.mapping, self.mapped, _MADV_DONTFORK) == 0
         ):
             number = _ffi.errno
             _c.munmap(self.mapping, self.mapped)
@@ -80,11 +82,13 @@ class _Arena:
         self.lock = threading.Lock()
         self.regions: list[_Region] = []
         self.slots = 0
+        self.given: list[tuple[_Region, int, int]] = []
 
     def take(self, size: int) -> tuple[_Region, int, int]:
         """A zeroed place: its region, first granule and number of granules."""
         count = (size + 2 * CANARY_BYTES + GRANULE - 1) // GRANULE
         with self.lock:
+            self._take_back()
             region, at = self._place(count)
             region.taken[at : at + count] = b"\x01" * count
             region.used += count
@@ -119,11 +123,21 @@ class _Arena:
             os.write(2, b"openkcm: secret memory was overwritten; aborting\n")
             os.abort()
         region.view[start:end] = _ZEROS * count
-        with self.lock:
+        # A collection may run this in a thread that is inside ``take``: never wait here, its next use takes it back.
+        self.given.append((region, at, count))
+        if self.lock.acquire(blocking=False):
+            try:
+                self._take_back()
+                self._release(KEEP_BYTES)
+            finally:
+                self.lock.release()
+
+    def _take_back(self) -> None:
+        while self.given:
+            region, at, count = self.given.pop()
             region.taken[at : at + count] = bytes(count)
             region.used -= count
             self.slots -= 1
-            self._release(KEEP_BYTES)
 
     def _release(self, keep: int) -> bool:
         """Unmap free regions beyond ``keep`` bytes; whether any was."""
@@ -224,6 +238,8 @@ def secret_memory_info() -> dict[str, Any]:
     """Tell which protection is in force, and how much is locked and in use (bytes)."""
     if _kind is None:
         Slot(16).wipe()
+    with _arena.lock:
+        _arena._take_back()
     return {
         "kind": _kind,
         "locked_bytes": sum(region.size for region in _arena.regions),
@@ -233,30 +249,41 @@ def secret_memory_info() -> dict[str, Any]:
     }
 
 
-def _lock_pages(start: Any, size: int) -> bool:
-    """Put locked pages over a reservation: memfd_secret where the kernel has it, else mmap and mlock."""
+def _map_locked(size: int) -> Any:
+    """Map locked pages: memfd_secret where the kernel has it, else mmap and mlock; never over a reservation."""
     global _kind
     if _kind != "mlock":
         descriptor = _c.syscall(_SYS_MEMFD_SECRET, _ffi.cast("int", os.O_CLOEXEC))
         if descriptor >= 0:
             _kind = "memfd_secret"
             try:
-                grown = _c.ftruncate(descriptor, size) == 0
-                flags = _MAP_SHARED | _MAP_FIXED
-                return grown and bool(_c.mmap(start, size, _PROT_READ_WRITE, flags, descriptor, 0) != _FAILED)
+                if _c.ftruncate(descriptor, size) != 0:
+                    return _FAILED
+                return _c.mmap(_ffi.NULL, size, _PROT_READ_WRITE, _MAP_SHARED, descriptor, 0)
             finally:
                 number = _ffi.errno
                 os.close(descriptor)  # who holds the descriptor could map the keys
                 _ffi.errno = number
-        if _kind == "memfd_secret":
-            return False  # it worked before, so this is exhaustion and not an old kernel
+        # Not there, or forbidden by a container. Anything else (no file handle, no memory) is exhaustion.
+        if _kind is not None or _ffi.errno not in (errno.ENOSYS, errno.EPERM, errno.EACCES):
+            return _FAILED
         _kind = "mlock"
-    mapped = _c.mmap(start, size, _PROT_READ_WRITE, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_FIXED, -1, 0)
-    return bool(mapped != _FAILED and _c.mlock(start, size) == 0)
+    mapped = _c.mmap(_ffi.NULL, size, _PROT_READ_WRITE, _MAP_PRIVATE | _MAP_ANONYMOUS, -1, 0)
+    if mapped != _FAILED and _c.mlock(mapped, size) != 0:
+        number = _ffi.errno
+        _c.munmap(mapped, size)
+        _ffi.errno = number
+        return _FAILED
+    return mapped
 
 
 def _exhausted() -> SecretMemoryError:
     number = _ffi.errno
+    if number in (errno.EMFILE, errno.ENFILE):
+        return SecretMemoryError(
+            "no file handle was left to map memory for keys (RLIMIT_NOFILE); close files, or raise it with 'ulimit -n' "
+            "or LimitNOFILE= in a systemd unit"
+        )
     limit = memory_limit()
     locked = sum(region.size for region in _arena.regions)
     allowed = "no limit is set" if limit is None else f"the limit (RLIMIT_MEMLOCK) is {limit // 1024} KiB"
@@ -278,11 +305,17 @@ def _wipe_all() -> None:
 def _after_fork_in_child() -> None:
     """Forget the parent's regions, which are not mapped here; they stay referenced so that nothing frees them."""
     global _arena, _forks, _inherited
+    _arena.lock.release()
     _inherited.append(_arena)
     _arena = _Arena()
     _forks += 1
 
 
 _inherited: list[_Arena] = []
-os.register_at_fork(after_in_child=_after_fork_in_child)
+# Not in the middle of mapping a region: it might be inherited before MADV_DONTFORK is on it.
+os.register_at_fork(
+    before=lambda: _arena.lock.acquire(),
+    after_in_parent=lambda: _arena.lock.release(),
+    after_in_child=_after_fork_in_child,
+)
 atexit.register(_wipe_all)
