@@ -76,7 +76,9 @@ class Secrets:
 
     def open(self, blob: bytes, encoded_context: bytes = b"\x00") -> bytes:
         """The plaintext of an inline record."""
-        opened = AESGCM(self.data_key(blob)).decrypt(blob[96:108], blob[108:], blob[:6] + blob[8:20] + encoded_context)
+        opened = AESGCM(self.data_key(blob)).decrypt(
+            blob[96:108], blob[108:], blob[:6] + blob[8:20] + encoded_context
+        )
         assert opened[:32] == bytes(32)
         return opened[32:]
 

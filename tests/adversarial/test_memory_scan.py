@@ -106,14 +106,20 @@ def test_nothing_is_found_in_a_core_under_load(tmp_path: Path) -> None:
             assert found == 0
             assert time.monotonic() - killed < 5
     if not ON_FAST:
-        pytest.skip(f"the Python backend promises nothing here; under load {hits} copies of halves were found")
+        pytest.skip(
+            f"the Python backend promises nothing here; under load {hits} copies of halves were found"
+        )
 
 
 def test_nothing_is_found_in_a_core_dump(tmp_path: Path) -> None:
     pattern = Path("/proc/sys/kernel/core_pattern").read_text().strip()
-    hard = subprocess.run(["sh", "-c", "ulimit -Hc"], capture_output=True, text=True, check=True).stdout.strip()
+    hard = subprocess.run(
+        ["sh", "-c", "ulimit -Hc"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     if pattern.startswith("|") or "/" in pattern or hard == "0":
-        pytest.skip(f"not checked: this machine writes no core files here (core_pattern {pattern}, hard limit {hard})")
+        pytest.skip(
+            f"not checked: this machine writes no core files here (core_pattern {pattern}, hard limit {hard})"
+        )
     with loaded(tmp_path) as process:
         secrets = read_vault(tmp_path)
         os.kill(process.pid, signal.SIGABRT)
