@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -34,10 +35,16 @@ def subkey(key: bytes, nonce: bytes) -> bytes:
     return b"".join(halves)
 
 
+@lru_cache(4096)
+def batch_cipher(key: bytes, half: bytes) -> AESGCM:
+    """The cipher that a batch of wrapped keys shares."""
+    return AESGCM(subkey(key, half))
+
+
 def unwrap(key: bytes, blob: bytes, aad: bytes) -> bytes:
     """Open 72 bytes of XAES-256-GCM; InvalidTag if they are not these."""
     assert len(blob) == 72
-    return AESGCM(subkey(key, blob)).decrypt(blob[12:24], blob[24:], aad)
+    return batch_cipher(key, blob[:12]).decrypt(blob[12:24], blob[24:], aad)
 
 
 def fields(*parts: bytes) -> bytes:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
+import faulthandler
 import multiprocessing
 import os
 import re
@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import openkcm
 from attacker import read_vault
+
+import openkcm
 from openkcm import crypto
 from openkcm.errors import SecretMemoryError
 from openkcm.gateway import DataKeyPolicy, PoolPolicy, ServiceHandle
@@ -58,9 +59,7 @@ def encrypt_into(handle: ServiceHandle, path: Path) -> None:
 def test_a_million_records_of_nine_processes(tmp_path: Path) -> None:
     """Eight forked workers and the parent go on from one warm Gateway.
 
-    Nonces are compared for every record. A data key would be used twice only if a pool or a generator was carried
-    over, so all data keys of the first 3,000 records of each process are opened by an independent reader and
-    compared, and all wrapped keys (which a repeated generator would repeat) of all records.
+    Nonces and data keys are compared for every record; an independent reader opens the data keys.
     """
     with make_vault(tmp_path) as core, openkcm.Gateway(core, pool=PoolPolicy(keys=4096)) as gateway:
         handle = gateway.service("acme", "records")
@@ -71,21 +70,17 @@ def test_a_million_records_of_nine_processes(tmp_path: Path) -> None:
         wait(*children)
         secrets = read_vault(tmp_path)
         nonces: set[bytes] = set()
-        wrapped: set[bytes] = set()
         keys: set[bytes] = set()
-        opened = total = 0
+        total = 0
         size = 157
         for path in paths:
             data = path.read_bytes()
             assert len(data) == RECORDS * size
             total += RECORDS
             nonces.update(data[at + 96 : at + 108] for at in range(0, len(data), size))
-            wrapped.update(data[at + 24 : at + 48] for at in range(0, len(data), size))
-            for at in range(0, 3_000 * size, size):
-                keys.add(hashlib.sha256(secrets.data_key(data[at : at + size])).digest())
-                opened += 1
+            keys.update(secrets.data_key(data[at : at + 96])[:16] for at in range(0, len(data), size))
         assert total >= 1_000_000
-        assert (len(nonces), len(wrapped), len(keys)) == (total, total, opened)
+        assert (len(nonces), len(keys)) == (total, total)
 
 
 def test_a_current_key_is_not_shared_with_a_child(tmp_path: Path) -> None:
@@ -128,6 +123,7 @@ def test_a_child_cannot_read_the_parents_secret_memory() -> None:
     for start, _ in spans[:2]:
         pid = os.fork()
         if pid == 0:
+            faulthandler.disable()  # the fault is wanted; no report of it
             ctypes.string_at(start + 64, 16)
             os._exit(0)
         status = os.waitpid(pid, 0)[1]

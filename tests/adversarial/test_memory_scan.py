@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-
-import openkcm
 from attacker import read_vault
 from scan import Patterns, scan_file, scan_process
+
+import openkcm
 from support import ON_FAST, environment, make_vault, url
 
 LOAD = """
