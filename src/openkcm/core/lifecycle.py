@@ -55,6 +55,7 @@ def _attempt(vault: Vault, tenant: str, act: Callable[[], T], tries: int = _TRIE
                 break
         except SecretMemoryError:
             # A key that was dropped meanwhile; else no memory can be locked.
+            vault.check_open()
             if not left or vault.ring.epoch(tenant) == epoch:
                 raise
     raise StoreUnavailable(OVERTAKEN)

@@ -24,6 +24,7 @@ from sqlalchemy.engine import Connection
 from ..crypto import WrappingKey
 from ..errors import (
     AccessDenied,
+    CoreUnavailable,
     DecryptError,
     KeyDestroyed,
     KeyDisabled,
@@ -232,6 +233,14 @@ class Vault:
             self._refusals[row.tenant] = (self.clock() + REFUSAL_SECONDS, dark)
             self.go_dark(row.tenant)
             raise dark from None
+        except SecretMemoryError:
+            self.check_open()  # the seal key was wiped
+            raise
+
+    def check_open(self) -> None:
+        """Raise CoreUnavailable if the Core was closed."""
+        if self._closed:
+            raise CoreUnavailable("this Core was closed", retryable=False)
 
     def check_live(self, row: TenantRow) -> None:
         """Raise TenantDark unless the tenant may be used."""
