@@ -40,12 +40,13 @@ AES_GCM: Final = 1
 MODULE_VARIABLE: Final = "OPENKCM_PKCS11_MODULE"
 PIN_VARIABLE: Final = "OPENKCM_PKCS11_PIN"
 RELOAD_SECONDS: Final = 5.0
+RETRY_PAUSES: Final = (0.02, 0.1)
 
 _lock = threading.RLock()
 _modules: dict[str, Any] = {}
 _sessions: dict[tuple[str, str, str], Any] = {}
 _refused: set[tuple[str, str, str]] = set()
-_reloaded: dict[str, float] = {}
+_reloaded: dict[str, list[float]] = {}
 _stale = False
 
 _REFUSED_PIN: Final = (
@@ -78,6 +79,7 @@ _LOST: Final = {
     "TokenNotPresent",
     "TokenNotRecognised",
     "UserNotLoggedIn",
+    "UserPinNotInitialized",
 }
 """A session may be gone (token removed, module restarted): worth one new session."""
 
@@ -153,17 +155,21 @@ class PKCS11Root:
         return self._module, token, str(self._parsed.slot_id)
 
     def _on_key(self, use: Callable[[Any], T]) -> T:
-        """Run ``use`` with the key, in a new session if the old one is gone."""
+        """Run ``use`` with the key; in a new session, twice at most, if the token fails or the old one is gone.
+
+        SoftHSM2 rewrites a token's file at each login: another process that logs in at that moment is told that the
+        token is not there, has no PIN or fails, and is told otherwise a moment later.
+        """
         with _lock:
-            for last in (False, True):
-                fresh = self._place() not in _sessions or _stale
+            for pause in (*RETRY_PAUSES, None):
                 try:
                     with _translated():
                         return use(_check(self._find_key(self._session())))
                 except (RootUnavailable, _Lost) as error:
                     _drop_session(self._place())
-                    if last or fresh:
+                    if pause is None:
                         raise error.otherwise if isinstance(error, _Lost) else error from None
+                    time.sleep(pause)
         raise AssertionError
 
     def _session(self) -> Any:
@@ -173,21 +179,7 @@ class PKCS11Root:
             return _sessions[place]
         if place in _refused:
             raise RootDenied(_REFUSED_PIN)
-        token = self._find_token(_module(self._module))
-        pin = _read_pin(self._parsed.pin_source)
-        try:
-            session = token.open(user_pin=pin)
-        except Exception as error:
-            name = type(error).__name__
-            if name == "UserAlreadyLoggedIn":
-                session = token.open()  # by other code of this process: its login counts for all
-            elif name in ("PinIncorrect", "PinInvalid", "PinLenRange", "PinLocked"):
-                _refused.add(place)
-                raise RootDenied(_DENIED[name]) from None
-            else:
-                raise
-        finally:
-            del pin
+        session = _log_in(self._find_token(_module(self._module)), self._parsed.pin_source, place)
         _sessions[place] = session
         return session
 
@@ -264,7 +256,7 @@ def create_token_key(
     )
     with _lock, _translated():
         _renew_after_fork()
-        opened = root._find_token(_module(module_path)).open(user_pin=_read_pin(pin_source), rw=True)
+        opened = _log_in(root._find_token(_module(module_path)), pin_source, root._place(), rw=True)
         with opened as session:
             session.generate_key(
                 KeyType.AES,
@@ -340,15 +332,35 @@ def _module(path: str) -> Any:
     return _modules[path]
 
 
+def _log_in(token: Any, pin_source: str | None, place: tuple[str, str, str], *, rw: bool = False) -> Any:
+    """Open a session; a PIN that is refused is remembered as refused, and itself not kept."""
+    pin = _read_pin(pin_source)
+    try:
+        return token.open(user_pin=pin, rw=rw)
+    except Exception as error:
+        name = type(error).__name__
+        if name == "UserAlreadyLoggedIn":
+            return token.open(rw=rw)  # by another session of this process, whose login counts for all
+        if name in ("PinIncorrect", "PinInvalid", "PinLenRange", "PinLocked"):
+            _refused.add(place)
+            raise RootDenied(_DENIED[name]) from None
+        if name == "UserPinNotInitialized":
+            _reload(place[0])  # the module may have read a half-written token, and would remember it so
+        raise
+    finally:
+        del pin
+
+
 def _reload(path: str) -> bool:
-    """Initialise a module anew, at most every few seconds: some list only the tokens that were there at the start.
+    """Initialise a module anew, some times a few seconds: some list only the tokens that were there at the start.
 
     The sessions of every root on the module end with it; each logs in again when it is next used.
     """
     now = time.monotonic()
-    if now - _reloaded.get(path, -RELOAD_SECONDS) < RELOAD_SECONDS:
+    recent = [at for at in _reloaded.get(path, ()) if now - at < RELOAD_SECONDS]
+    if len(recent) > len(RETRY_PAUSES):
         return False
-    _reloaded[path] = now
+    _reloaded[path] = [*recent, now]
     for place in [place for place in _sessions if place[0] == path]:
         del _sessions[place]
     _modules[path].reinitialize()
@@ -394,6 +406,9 @@ def _check(key: Any) -> Any:
 
     if key.key_type != KeyType.AES or key.key_length != 256:
         raise RootMisconfigured("the key that the root's URI names is not an AES-256 key")
+    # The binding gives a key only the methods that its attributes allow.
+    if not (hasattr(key, "encrypt") and hasattr(key, "decrypt")):
+        raise RootDenied(_DENIED["KeyFunctionNotPermitted"])
     return key
 
 
@@ -428,6 +443,7 @@ def _renew_after_fork() -> None:
     global _stale
     if _stale:
         _sessions.clear()
+        _reloaded.clear()
         for module in _modules.values():
             module.reinitialize()
         _stale = False
