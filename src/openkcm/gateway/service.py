@@ -124,8 +124,8 @@ class ServiceHandle:
 
         Raises:
             FormatError: not an envelope of a known version.
-            DecryptError: another key, context or service, or altered.
-            KeyDestroyed, KeyNotFound: the subject's data key was shredded, or is not in the key store.
+            DecryptError: another key, context, service or key store, or altered.
+            KeyDestroyed: the subject's data key was shredded.
             TenantDark, RootUnavailable, StoreUnavailable: its key cannot be opened now.
         """
         try:

@@ -17,7 +17,7 @@ from typing import Final
 
 from .. import crypto
 from ..crypto import SecretKeys
-from ..errors import KeyDestroyed, KeyNotFound, OpenKCMError
+from ..errors import DecryptError, KeyDestroyed, OpenKCMError
 from ..keys import KeyService, Kind, Service, WrappedKeys, check_subject
 from ..limits import KEY_ID_BYTES, WRAPPED_KEY_BYTES
 from .keystore import KeyStore, StoredKey
@@ -159,9 +159,8 @@ class SubjectKeys:
         return {
             at: KeyDestroyed("this subject's data key was shredded; what it encrypted cannot be read again")
             if key_id in gone
-            else KeyNotFound(
-                "this subject's data key is not in the key store; check that it is the right store"
-            )
+            # An id that is in no store may as well be an altered one.
+            else DecryptError()
             for at, key_id in missing
         }
 
