@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tampering: every byte flipped, every truncation, every extension, every field of every kind: refused, typed, whole."""
+"""Tampering: every byte flipped, every truncation, every extension, every kind: refused and typed."""
 
 from __future__ import annotations
 
