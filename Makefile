@@ -50,7 +50,7 @@ demo: $(VENV)/.native  ## Two airlines' real flights under their own root keys; 
 test: $(VENV)/.native $(VENV)/.dev  ## The test suite, once on each backend
 	@status=0; \
 	echo "== the native backend"; \
-	OPENKCM_BACKEND=fast OPENKCM_REQUIRE_FAST=1 $(PYTEST) $(ARGS) </dev/null || status=1; \
+	OPENKCM_BACKEND=fast $(PYTEST) $(ARGS) </dev/null || status=1; \
 	echo "== the Python backend"; \
 	OPENKCM_BACKEND=python $(PYTEST) $(ARGS) </dev/null || status=1; \
 	exit $$status
@@ -71,10 +71,10 @@ format: $(VENV)/.dev  ## Let ruff sort the imports and set the layout
 native: $(VENV)/.native  ## Build the native layer in place
 
 test-slow: $(VENV)/.native $(VENV)/.dev  ## The tests that take minutes (a million XAES vectors and the like)
-	OPENKCM_BACKEND=fast OPENKCM_REQUIRE_FAST=1 $(PYTEST) -m slow --timeout=0 $(ARGS) </dev/null
+	OPENKCM_BACKEND=fast $(PYTEST) -m slow --timeout=0 $(ARGS) </dev/null
 
 soak: $(VENV)/.native $(VENV)/.dev  ## Hours of load
-	OPENKCM_BACKEND=fast OPENKCM_REQUIRE_FAST=1 $(PYTEST) -m soak --timeout=0 $(ARGS) </dev/null
+	OPENKCM_BACKEND=fast $(PYTEST) -m soak --timeout=0 $(ARGS) </dev/null
 
 # A build of its own below build/, which stands before src on the path.
 define special_build
@@ -87,14 +87,14 @@ endef
 
 debug: $(VENV)/.base $(VENV)/.dev  ## Unit tests on a build with Cython's checks and C assertions
 	$(call special_build,debug,OPENKCM_DEBUG=1)
-	PYTHONPATH=$(CURDIR)/build/debug/lib OPENKCM_BACKEND=fast OPENKCM_REQUIRE_FAST=1 \
+	PYTHONPATH=$(CURDIR)/build/debug/lib OPENKCM_BACKEND=fast \
 	    $(PYTEST) tests/unit $(ARGS) </dev/null
 
 # Leaks are not looked for: the interpreter itself keeps memory to its end. PYTHONMALLOC lets the sanitizer see each
 # object's bounds.
 sanitize: $(VENV)/.base $(VENV)/.dev  ## Unit and thread tests under the address and undefined-behaviour sanitizers
 	$(call special_build,sanitize,OPENKCM_SANITIZE=1)
-	PYTHONPATH=$(CURDIR)/build/sanitize/lib OPENKCM_BACKEND=fast OPENKCM_REQUIRE_FAST=1 OPENKCM_SANITIZE=1 \
+	PYTHONPATH=$(CURDIR)/build/sanitize/lib OPENKCM_BACKEND=fast OPENKCM_SANITIZE=1 \
 	    PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libstdc++.so)" \
 	    $(PYTEST) --timeout=1200 tests/unit $(wildcard tests/adversarial/test_*thread*.py) $(ARGS) </dev/null
