@@ -13,6 +13,8 @@ import errno
 import os
 import resource
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import cffi
@@ -226,6 +228,21 @@ class Slot:
 
     def __deepcopy__(self, memo: Any) -> Any:
         raise TypeError("secret keys cannot be pickled or copied")
+
+
+@contextmanager
+def lent(view: Any) -> Iterator[bytes]:
+    """A private copy of a key as bytes, for a library that wants such; overwritten at the end."""
+    copy = bytes(view)
+    try:
+        yield copy
+    finally:
+        overwrite(copy)
+
+
+def overwrite(private: bytes) -> None:
+    """Zero a bytes object that only the caller holds. Python calls them immutable, so nobody else may."""
+    _ffi.memmove(_ffi.from_buffer(private), bytes(len(private)), len(private))
 
 
 def memory_limit() -> int | None:

@@ -4,10 +4,10 @@
 Invariant: it refuses what the native backend refuses, with the same errors, and each opens what the other sealed.
 
 Its promises about memory are weaker, and exactly so: keys *rest* in the same kind of secret memory, but for
-every use a copy is handed to ``cryptography`` as bytes. ``AESGCM`` keeps further copies (the key and its
-schedule) on the heap until it is collected, and neither those copies nor the bytes objects are zeroed when they
-are freed. An L2, L3 or data key that was used may therefore be found in freed heap memory, in a core dump and, if
-the machine swaps, on disk. Keys drawn and wrapped pass through the heap too. ``openkcm doctor`` says so.
+every use a copy is handed to ``cryptography`` as bytes. Of L2, L3 and the seal key that copy is overwritten after
+each use; while one is in use it, and the schedule that OpenSSL makes of it, are on the heap. Of data keys and of
+subkeys ``AESGCM`` keeps copies until it is collected, and neither those nor the bytes objects are zeroed when they
+are freed, so that they may be found in a core dump and, if the machine swaps, on disk. ``openkcm doctor`` says so.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..limits import (
     WRAPPED_KEY_BYTES,
     XAES_NONCE_BYTES,
 )
-from .memory import Slot, secret_memory_info
+from .memory import Slot, lent, overwrite, secret_memory_info
 
 __all__ = [
     "SecretKeys",
@@ -117,7 +117,11 @@ def import_keys(data: Any) -> SecretKeys:
 
 def generate_wrapping_key() -> WrappingKey:
     """Draw a wrapping key into secret memory."""
-    return import_wrapping_key(os.urandom(KEY_BYTES))
+    drawn = os.urandom(KEY_BYTES)
+    try:
+        return import_wrapping_key(drawn)
+    finally:
+        overwrite(drawn)
 
 
 def import_wrapping_key(data: Any) -> WrappingKey:
@@ -218,8 +222,8 @@ def _split(data: memoryview) -> list[bytes]:
 def wrap_many(parent: WrappingKey, keys: SecretKeys, aad: bytes, ids: bytes = b"") -> bytes:
     """Wrap data keys: n x 72 bytes. The associated data of key i is ``aad`` followed by its id, if ids are given."""
     aads = _aads(len(keys), aad, ids)
-    with parent as key, keys as data:
-        return _wrap_run(bytes(key), _split(data), aads)
+    with parent as slot, keys as data, lent(slot) as key:
+        return _wrap_run(key, _split(data), aads)
 
 
 def unwrap_many(
@@ -231,8 +235,8 @@ def unwrap_many(
         raise InvalidInput("wrapped keys have 72 bytes each")
     aads = _aads(count, aad, ids)
     keys = SecretKeys(count)
-    with parent as key, keys as data:
-        opened = _unwrap_run(bytes(key), wrapped, aads)
+    with parent as slot, keys as data, lent(slot) as key:
+        opened = _unwrap_run(key, wrapped, aads)
         # A place that did not open holds a key nobody knows, so that using it by mistake fails too.
         data[:] = b"".join([os.urandom(KEY_BYTES) if each is None else each for each in opened])
     return keys, [at for at, each in enumerate(opened) if each is None]
@@ -252,19 +256,22 @@ def rewrap_many(
 
 def wrap_key(parent: WrappingKey, child: WrappingKey, aad: bytes) -> bytes:
     """Wrap one wrapping key under another: 72 bytes."""
-    with parent as key, child as data:
-        return _wrap_run(bytes(key), [bytes(data)], [aad])
+    with parent as slot, child as data, lent(slot) as key, lent(data) as wrapped:
+        return _wrap_run(key, [wrapped], [aad])
 
 
 def unwrap_key(parent: WrappingKey, wrapped: bytes, aad: bytes) -> WrappingKey:
     """Open a wrapped wrapping key; DecryptError when it does not verify."""
     if len(wrapped) != WRAPPED_KEY_BYTES:
         raise DecryptError
-    with parent as key:
-        opened = _unwrap_run(bytes(key), wrapped, [aad])[0]
+    with parent as slot, lent(slot) as key:
+        opened = _unwrap_run(key, wrapped, [aad])[0]
     if opened is None:
         raise DecryptError
-    return import_wrapping_key(opened)
+    try:
+        return import_wrapping_key(opened)
+    finally:
+        overwrite(opened)
 
 
 # ---- for test vectors only: nothing in the package calls these -----------------------------------------
