@@ -24,7 +24,7 @@ _ADVICE: Final = {
     sqlite3.SQLITE_BUSY: ("the database is locked by another process; try again", True),
     sqlite3.SQLITE_LOCKED: ("the database is locked by another connection; try again", True),
     sqlite3.SQLITE_READONLY: (
-        "the database or its folder is read-only; make both writable for this user",
+        "the database, its -wal and -shm files or its folder are read-only; make all of them writable for this user",
         False,
     ),
     sqlite3.SQLITE_FULL: ("the disk is full; nothing was changed, make room and try again", True),

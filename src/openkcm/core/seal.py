@@ -7,6 +7,7 @@ without passing through a Python object. An existing vault never gets a new seal
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -23,26 +24,53 @@ def make_seal(path: Path) -> None:
     Raises:
         SealError: a file is there already, or the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{random_bytes(8).hex()}.new")
     key = generate_wrapping_key()
+    temporary: Path | None = None
     try:
-        descriptor = os.open(
-            temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
-        )
+        # Where the file system allows it, the file has no other name: a kill leaves no second one to the key.
+        descriptor = _open_unnamed(path.parent)
+        if descriptor is None:
+            temporary = path.with_name(f".{path.name}.{random_bytes(8).hex()}.new")
+            descriptor = os.open(
+                temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+            )
         try:
             write_wrapping_key(key, descriptor)
             os.fsync(descriptor)
+            _link(temporary or Path(f"/proc/self/fd/{descriptor}"), path)
         finally:
             os.close(descriptor)
-        os.link(temporary, path)  # unlike rename, never replaces a seal that is there
         sync_folder(path.parent)
     except FileExistsError:
         raise SealError(f"the seal file {path} is there already") from None
     except OSError as error:
-        raise SealError(f"the seal file {path} cannot be written: {error.strerror}") from None
+        reason = os.strerror(error.errno or errno.EIO)
+        raise SealError(f"the seal file {path} cannot be written: {reason}") from None
     finally:
         key.wipe()
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            with contextlib.suppress(OSError):  # not there, or in a folder that may not be looked into
+                temporary.unlink()
+
+
+def _open_unnamed(folder: Path) -> int | None:
+    """A new file without a name, or None where there is no such thing."""
+    if not os.path.isdir("/proc/self/fd"):
+        return None
+    # Whatever else stands in the way is then met, and told, in making a file with a name.
+    with contextlib.suppress(OSError, AttributeError):
+        return os.open(folder, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    return None
+
+
+def _link(source: Path, target: Path) -> None:
+    """Name a file; unlike a rename, this never replaces one that is there."""
+    # With a directory given, os.link follows the symbolic link that an open file is in /proc; both paths are absolute.
+    folder = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.link(source.absolute(), target.absolute(), src_dir_fd=folder)
+    finally:
+        os.close(folder)
 
 
 def open_seal(path: Path) -> WrappingKey:

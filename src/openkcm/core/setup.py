@@ -29,14 +29,14 @@ def initialise(vault: Vault, region: str, at: str) -> None:
         raise StoreUnavailable(
             f"the folder {vault.store.path.parent} for the vault is not there", retryable=False
         )
-    if not vault.seal_path.exists():
+    # Unlike Path.exists, this is no error in a folder that may not be looked into; making or reading says what is.
+    if not os.path.exists(vault.seal_path):
         try:
             make_seal(vault.seal_path)
         except SealError:
-            if not vault.seal_path.exists():
+            if not os.path.exists(vault.seal_path):
                 raise  # else another process made it just now; that one counts
     _touch_private(vault)
-    sync_folder(vault.store.path.parent)
     vault.store.migrate()
     seal = vault.seal()
     with vault.store.write() as connection:
@@ -82,9 +82,10 @@ def _seal_check(seal: WrappingKey, vault_id: bytes) -> bytes:
 
 
 def _touch_private(vault: Vault) -> None:
-    """Make the database file readable by its owner alone; SQLite gives its WAL the same mode."""
+    """Make the database file, durably, readable by its owner alone; SQLite gives its WAL the same mode."""
     try:
         os.close(os.open(vault.store.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        sync_folder(vault.store.path.parent)
     except OSError as error:
         raise StoreUnavailable(
             f"the vault {vault.store.path} cannot be made: {error.strerror}", retryable=False

@@ -9,6 +9,7 @@ A wrapped blob is ``01 || nonce 12 || AES-256-GCM ciphertext and tag``, the cont
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Mapping
@@ -83,7 +84,7 @@ def open_local(uri: str, *, create: bool = False) -> LocalRoot:
     if not path or "\0" in path:
         raise RootMisconfigured("a development root is local:PATH")
     place = Path(path).absolute()
-    if create and not place.exists():
+    if create and not os.path.exists(place):
         _make(place)
     return LocalRoot(place)
 
@@ -110,7 +111,8 @@ def _make(path: Path) -> None:
     except OSError as error:
         raise RootMisconfigured(f"the development root {path} cannot be made: {error.strerror}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not there, or in a folder that may not be looked into
+            temporary.unlink()
 
 
 def _check(path: Path, status: os.stat_result) -> None:
