@@ -82,7 +82,9 @@ class DecryptError(OpenKCMError):
     """Wrong key, tag, context or commitment: on purpose nothing tells them apart."""
 
     code = "decrypt"
-    default = "decryption failed: the service, context, key store or data is not the one it was encrypted with"
+    default = (
+        "decryption failed: the service, context, key store or data is not the one it was encrypted with"
+    )
 
 
 class KeyNotFound(OpenKCMError):
