@@ -101,10 +101,10 @@ sanitize: $(VENV)/.base $(VENV)/.dev  ## Unit and thread tests under the address
 
 fuzz: $(VENV)/.native $(VENV)/.dev  ## Each fuzz target for FUZZ_SECONDS (default 60)
 	@set -e; for target in tests/fuzz/fuzz_*.py; do \
-	    name=$$(basename "$$target" .py); mkdir -p "build/fuzz/$$name"; \
+	    name=$$(basename "$$target" .py); name=$${name#fuzz_}; mkdir -p "build/fuzz/$$name"; \
 	    echo "== $$name"; \
-	    $(BIN)/python "$$target" "build/fuzz/$$name" "tests/fuzz/corpus/$${name#fuzz_}" \
-	        -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 $(ARGS) </dev/null; done
+	    $(BIN)/python tests/fuzz/run.py "$$name" "build/fuzz/$$name" "tests/fuzz/corpus/$$name" \
+	        -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/fuzz/ -print_final_stats=1 $(ARGS) </dev/null; done
 
 bench: $(VENV)/.native $(VENV)/.dev  ## The figures, with pyperf
 	@set -e; for script in bench/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done

@@ -123,6 +123,8 @@ class WrappedKeys:
 
     def __post_init__(self) -> None:
         count, rest = divmod(len(self.wrapped), WRAPPED_KEY_BYTES)
+        if not count:
+            raise InvalidInput("there is no wrapped key")
         if rest or len(self.ids) != (count * KEY_ID_BYTES if self.kind.stored else 0):
             raise InvalidInput("wrapped keys and their ids do not have matching lengths")
 

@@ -3,38 +3,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
-import shutil
-import sqlite3
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
 import openkcm
+from golden import CASES, CONTEXTS, GOLDEN, PLAINTEXTS, VERSIONS, open_golden, read_case
 from openkcm import envelope
-from support import refused, url
-
-GOLDEN = Path(__file__).resolve().parents[1] / "vectors" / "golden"
-VERSIONS = sorted(path.parent.name for path in GOLDEN.glob("*/cases.json"))
-CASES = [
-    (version, name, case)
-    for version in VERSIONS
-    for name, case in json.loads((GOLDEN / version / "cases.json").read_text()).items()
-]
-CONTEXTS: dict[str, Any] = {
-    "none": None,
-    "bytes": b"\x00\x01raw",
-    "mapping": {"table": "cards", "row": "7", "": "ü"},
-}
-PLAINTEXTS = {
-    "empty": b"",
-    "record": "Grüezi, OpenKCM".encode(),
-    "long": hashlib.shake_128(b"golden").digest(2 * 65_536 + 100),
-}
+from support import refused
 
 
 def test_they_are_all_there() -> None:
@@ -43,35 +22,20 @@ def test_they_are_all_there() -> None:
     for version in VERSIONS:
         named = {name for at, name, _ in CASES if at == version}
         assert {path.stem for path in (GOLDEN / version).glob("*.okc")} == named
-    kinds = {
-        (GOLDEN / version / f"{name}.okc").read_bytes()[5] for version, name, case in CASES if "opens" in case
-    }
+    kinds = {read_case(version, name)[5] for version, name, case in CASES if "opens" in case}
     assert kinds == {1, 2, 3, 4}
     assert sum("error" in case for _, _, case in CASES) >= 10
 
 
 @pytest.fixture(scope="module")
 def handles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """Each version's vault, copied to a private folder and opened."""
-    opened: dict[str, Any] = {}
-    closing: list[Any] = []
-    for version in VERSIONS:
-        folder = tmp_path_factory.mktemp(version) / "vault"
-        shutil.copytree(GOLDEN / version, folder)
-        for path in folder.iterdir():
-            path.chmod(0o600)
-        with sqlite3.connect(folder / "vault.db") as connection:
-            connection.execute(
-                "UPDATE tenants SET root_uri = ? || '/' || tenant || '.root'", (f"local:{folder}",)
-            )
-        connection.close()
-        core = openkcm.Core.open(url(folder))
-        gateway = openkcm.Gateway(core)
-        opened[version] = gateway.service("acme", "payments")
-        closing += [gateway, core]
-    yield opened
-    for thing in closing:
-        thing.close()
+    """A handle on each version's vault."""
+    with ExitStack() as stack:
+        opened = {}
+        for version in VERSIONS:
+            _, gateway = stack.enter_context(open_golden(version, tmp_path_factory.mktemp("golden")))
+            opened[version] = gateway.service("acme", "payments")
+        yield opened
 
 
 def open_case(handle: Any, case: dict[str, Any], blob: bytes) -> bytes:
@@ -86,7 +50,7 @@ def open_case(handle: Any, case: dict[str, Any], blob: bytes) -> bytes:
 
 @pytest.mark.parametrize(("version", "name", "case"), CASES, ids=[f"{case[0]}-{case[1]}" for case in CASES])
 def test_each_case(handles: dict[str, Any], version: str, name: str, case: dict[str, Any]) -> None:
-    blob = (GOLDEN / version / f"{name}.okc").read_bytes()
+    blob = read_case(version, name)
     if "error" in case:
         refused(lambda: open_case(handles[version], case, blob), getattr(openkcm.errors, case["error"]))
         return

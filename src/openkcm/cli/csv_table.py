@@ -73,7 +73,7 @@ class FlatBlock:
         self._delimiter = delimiter
         self._end = end
         self._edges: tuple[list[bytes], list[bytes]] | None = None
-        self.lines: Sequence[int] = range(first_line, first_line + len(flat) // self._stride)
+        self.lines: Sequence[int] = range(first_line, first_line + (len(flat) - 1) // self._stride)
 
     @classmethod
     def parse(

@@ -42,7 +42,7 @@ def inspect(
         finding = _text_finding(what.encode(), "value")
     else:
         with files.reading(what) as source:
-            finding = _finding(source, what)
+            finding = describe(source, what)
     answer(finding.document, finding.table())
 
 
@@ -65,7 +65,7 @@ class Finding:
         return grid
 
 
-def _finding(source: Any, name: str) -> Finding:
+def describe(source: Any, name: str) -> Finding:
     from ..envelope import MAGIC
     from . import files
     from .tables import ENVELOPE_TEXT
@@ -173,6 +173,8 @@ def _table_finding(head: bytes, name: str) -> Finding:
     """What a table's first rows say about its columns."""
     import csv
 
+    from .output import plain
+
     lines = head.split(b"\n")
     if len(lines) > 1:
         lines.pop()
@@ -189,7 +191,7 @@ def _table_finding(head: bytes, name: str) -> Finding:
         if about["stored"] and about["inline"]:
             keys = "under a subject's key, some under a key of their own"
         ids = ", ".join(about["service_ids"])
-        shown.append((column, f"protected, {keys}; service id {ids}"))
+        shown.append((plain(column), f"protected, {keys}; service id {ids}"))
     return Finding(document, shown)
 
 

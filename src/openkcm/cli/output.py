@@ -78,7 +78,7 @@ def answer(document: Mapping[str, Any], *renderables: RenderableType, data_on_st
     """
     if settings.json:
         stream = sys.stderr if data_on_stdout else sys.stdout
-        print(json.dumps(document, ensure_ascii=False, default=str), file=stream)
+        print(json.dumps(document, default=str), file=stream)
     elif not settings.quiet:
         _print(console(stderr=data_on_stdout), renderables)
 
@@ -94,7 +94,7 @@ def fail(error: BaseException) -> ExitCode:
             "retryable": bool(getattr(error, "retryable", False)),
             "exit_code": int(exit_code(error)),
         }
-        print(json.dumps({"error": document}, ensure_ascii=False), file=sys.stderr)
+        print(json.dumps({"error": document}), file=sys.stderr)
     else:
         print_error(message, advice)
     return exit_code(error)
@@ -119,14 +119,23 @@ def describe(error: BaseException) -> str:
         text = str(error)
     else:
         text = f"unexpected {type(error).__name__}; run again with OPENKCM_TRACEBACK=1 to see where"
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))
+
+
+def printable(text: str) -> str:
+    """Return a text with escapes in the place of what could move a terminal's cursor, or cannot be written."""
+    if text.isprintable():
+        return text
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape", "surrogatepass").decode() for one in text
+    )
 
 
 def plain(text: str) -> str:
     """Return a text that Rich prints as it is, for file and other names inside markup."""
     from rich.markup import escape
 
-    return escape(text)
+    return escape(printable(text))
 
 
 def confirm(question: str, *, yes: bool) -> None:
