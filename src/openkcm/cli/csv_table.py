@@ -35,7 +35,7 @@ from .tables import (
 DELIMITERS: Final = (",", ";", "\t", "|")
 """What separates fields; none of them can be part of base64 text."""
 
-ROWS_PER_BLOCK: Final = 2048
+ROWS_PER_BLOCK: Final = 4096
 FIRST_BLOCK_BYTES: Final = 64 * 1024
 MAX_BLOCK_BYTES: Final = 8 * 1024 * 1024
 

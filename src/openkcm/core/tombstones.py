@@ -6,6 +6,8 @@ Invariant: a tombstone is durable before a shred is acknowledged, and it says no
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import sqlalchemy as sql
 
 from ..errors import InvalidInput
@@ -43,6 +45,16 @@ def add(vault: Vault, service: Service, ids: bytes, at: str) -> None:
         audit.append(connection, at, "shred", service.tenant, service.name, f"{len(fresh)} data keys")
 
 
+class _Verdicts(NamedTuple):
+    """The ids of one service that are known not to be shredded, and those known to be."""
+
+    kept: set[bytes]
+    shredded: set[bytes]
+
+    def size(self) -> int:
+        return len(self.kept) + len(self.shredded)
+
+
 class Tombstones:
     """Answers "is it shredded?" for data keys that are asked for again and again.
 
@@ -52,25 +64,25 @@ class Tombstones:
     def __init__(self, store: Store) -> None:
         self._store = store
         # One tuple, replaced whole: a thread must never pair old verdicts with a new version.
-        self._known: tuple[int, dict[tuple[bytes, bytes], bool]] = (-1, {})
+        self._known: tuple[int, dict[bytes, _Verdicts]] = (-1, {})
 
     def find(self, service: Service, ids: bytes) -> frozenset[bytes]:
         """Those of the ids that are shredded."""
-        wanted = split_ids(ids)
+        wanted = frozenset(split_ids(ids))
         # Asked before the store is: a commit in between makes the next look ask again.
         seen = self._store.data_version()
-        version, verdicts = self._known
-        if seen != version or len(verdicts) > _KEPT:
-            verdicts = {}
-            self._known = (seen, verdicts)
-        service_id = service.service_id
-        unknown = [key_id for key_id in dict.fromkeys(wanted) if (service_id, key_id) not in verdicts]
-        found: frozenset[bytes] = frozenset()
+        version, services = self._known
+        if seen != version or sum(map(_Verdicts.size, list(services.values()))) > _KEPT:
+            services = {}
+            self._known = (seen, services)
+        known = services.setdefault(service.service_id, _Verdicts(set(), set()))
+        unknown = wanted - known.kept - known.shredded
         if unknown:
             with self._store.read() as connection:
-                found = _find(connection, service, unknown)
-            verdicts.update(((service_id, key_id), key_id in found) for key_id in unknown)
-        return frozenset(key_id for key_id in wanted if verdicts[service_id, key_id])
+                found = _find(connection, service, list(unknown))
+            known.shredded.update(found)
+            known.kept.update(unknown - found)
+        return wanted & known.shredded
 
 
 def _find(connection: sql.Connection, service: Service, ids: list[bytes]) -> frozenset[bytes]:

@@ -7,8 +7,10 @@ error stands at each position that failed. A chunk is small enough that a kill d
 
 from __future__ import annotations
 
+import operator
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Final, Literal, TypeAlias
 
 from ..context import Buffer, Context, encode_context
@@ -50,8 +52,24 @@ def encode_contexts(context: Context, contexts: Sequence[Context] | None, count:
     each = as_list(contexts)
     if len(each) != count:
         raise InvalidInput(f"there are {count} records and {len(each)} contexts")
-    encoded: dict[int, bytes] = {}  # one object for many records, as a table has, is encoded once
-    return [encoded.get(id(one)) or encoded.setdefault(id(one), encode_context(one)) for one in each]
+    known: dict[int, bytes] = {}  # one object for many records, as a table has, is encoded once
+    encoded: list[bytes] = []
+    for start, stop in _runs(each):
+        one = each[start]
+        found = known.get(id(one)) or known.setdefault(id(one), encode_context(one))
+        encoded += [found] * (stop - start)
+    return encoded
+
+
+def _runs(items: list[Any]) -> Iterator[tuple[int, int]]:
+    """Start and stop of each run of one and the same object."""
+    same = bytes(map(operator.is_, items, islice(items, 1, None)))
+    start = 0
+    while start < len(items):
+        change = same.find(0, start)
+        stop = len(items) if change < 0 else change + 1
+        yield start, stop
+        start = stop
 
 
 def part_of(contexts: Contexts, start: int, stop: int) -> Contexts:
