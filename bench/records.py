@@ -13,6 +13,7 @@ from pathlib import Path
 import pyperf
 
 import openkcm
+from _runner import make_runner
 
 BATCH = 10_000
 CALLS = 200
@@ -79,10 +80,7 @@ def add_calls(runner: pyperf.Runner, core: openkcm.Core) -> None:
 
 def main() -> None:
     """Run every benchmark on whichever backend OPENKCM_BACKEND picks."""
-    runner = pyperf.Runner(program_args=(__file__,))
-    info = openkcm.backend_info()
-    runner.metadata["openkcm_backend"] = info["backend"]
-    runner.metadata["openssl"] = info["openssl"]
+    runner = make_runner(__file__)
     with tempfile.TemporaryDirectory() as folder, open_vault(Path(folder)) as core:
         add_batches(runner, core)
         add_subjects(runner, core)

@@ -13,9 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import pyperf
-
 import openkcm
+from _runner import make_runner
 from openkcm.cli import demo_data, files
 from openkcm.cli.csv_table import CsvTable
 from openkcm.cli.demo_story import COLUMNS
@@ -36,8 +35,7 @@ def convert(core: openkcm.Core, keys: Path, source: Path, target: Path, *, prote
 
 def main() -> None:
     """Run both directions on whichever backend OPENKCM_BACKEND picks."""
-    runner = pyperf.Runner(program_args=(__file__,), processes=5, values=3)
-    runner.metadata["openkcm_backend"] = openkcm.backend_info()["backend"]
+    runner = make_runner(__file__, processes=5, values=3)
     with tempfile.TemporaryDirectory() as name, openkcm.Core.open(f"sqlite:///{name}/vault.db") as core:
         folder = Path(name)
         core.link_tenant("bench", root=f"local:{folder / 'root.key'}")
