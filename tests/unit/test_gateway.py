@@ -500,6 +500,26 @@ def test_two_gateways_make_one_key_for_a_subject(core: openkcm.Core, tmp_path: P
             assert sorted(handle.decrypt_many(blobs)) == sorted(b"%d" % (at % 30) for at in range(60))
 
 
+@pytest.mark.parametrize("times", [1, 20])
+def test_a_subject_shredded_while_it_is_encrypted_for_gets_another_key(
+    service: ServiceHandle, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """Somebody shreds between finding a key and opening it; encrypting is never told that a key is destroyed."""
+    keys, left = service._subjects, [times]
+    unwrap = keys._unwrap
+
+    def shred_first(*arguments: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            assert service.shred("a")
+        return unwrap(*arguments)
+
+    monkeypatch.setattr(keys, "_unwrap", shred_first)
+    blob = service.encrypt(b"x", subject="a")
+    assert left == [0]
+    assert service.decrypt(blob) == b"x"
+
+
 def test_a_lost_key_row_is_not_a_shredded_one(service: ServiceHandle) -> None:
     blob = service.encrypt(b"x", subject="a")
     service._subjects._store.remove(service.service_id, [parse(blob).data_key])

@@ -17,7 +17,7 @@ from typing import Final
 
 from .. import crypto
 from ..crypto import SecretKeys
-from ..errors import DecryptError, KeyDestroyed, OpenKCMError
+from ..errors import DecryptError, KeyDestroyed, OpenKCMError, StoreUnavailable
 from ..keys import KeyService, Kind, Service, WrappedKeys, check_subject
 from ..limits import KEY_ID_BYTES, WRAPPED_KEY_BYTES
 from .keystore import KeyStore, StoredKey
@@ -25,7 +25,8 @@ from .keystore import KeyStore, StoredKey
 CACHED: Final = 65_536
 """Wrapped keys kept in memory for each service."""
 
-_TRIES: Final = 3
+_TRIES: Final = 100
+"""Each try that fails was overtaken by somebody's shred or rotation, so that somebody always gets on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +67,7 @@ class SubjectKeys:
             if opened is not None:
                 return opened
             self._drop_destroyed(destroyed)
-        raise KeyDestroyed(
-            "the subject's key is destroyed, again and again; somebody else shreds it at the same time"
-        )
+        raise StoreUnavailable("the subject's key is shredded or rotated again and again; try once more")
 
     def hash(self, subject: str) -> bytes:
         """The subject as the store knows it: SHA-256 of salt, service id and name."""
