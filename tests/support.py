@@ -68,3 +68,26 @@ def refused(call: object, kind: type[BaseException]) -> BaseException:
         assert type(error) is kind, f"{type(error).__name__}: {error}"
         return error
     raise AssertionError(f"{kind.__name__} was not raised")
+
+
+class NoThread:
+    """Stands where a Core keeps its threads, so that it starts none."""
+
+    def stop(self) -> None:
+        """There is nothing to stop."""
+
+
+def without_threads(core: openkcm.Core) -> openkcm.Core:
+    """A Core that looks and probes only when a test tells it to."""
+    core._repeaters = [NoThread()]  # type: ignore[list-item]
+    return core
+
+
+class Clock:
+    """Time that moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now

@@ -29,6 +29,7 @@ can succeed later without anybody changing anything.
     │   └── BackendUnavailable         OPENKCM_BACKEND asks for a backend that is not there
     ├── Unavailable                    something needed does not answer
     │   ├── RootUnavailable
+    │   │   └── RootThrottled          it answers "too many requests"
     │   ├── CoreUnavailable
     │   └── StoreUnavailable           database locked, read-only, full or broken
     ├── SecretMemoryError              no lockable memory, or a wiped, foreign or corrupted handle
@@ -148,9 +149,23 @@ class AccessDenied(OpenKCMError):
 
 
 class RootDenied(AccessDenied):
-    """The customer's root refuses our identity."""
+    """The customer's root refuses our identity.
+
+    ``permission`` is the single permission that is missing, in the provider's words, where it could be told.
+    """
 
     code = "root_denied"
+
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        permission: str | None = None,
+        index: int | None = None,
+        retryable: bool | None = None,
+    ) -> None:
+        super().__init__(message, index=index, retryable=retryable)
+        self.permission = permission
 
 
 class ConfigurationError(OpenKCMError):
@@ -188,6 +203,12 @@ class RootUnavailable(Unavailable):
     """The customer's root does not answer (an outage, never a refusal)."""
 
     code = "root_unavailable"
+
+
+class RootThrottled(RootUnavailable):
+    """The customer's root answers that it was asked too often; it is up, and says neither yes nor no."""
+
+    code = "root_throttled"
 
 
 class CoreUnavailable(Unavailable):

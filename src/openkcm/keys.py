@@ -165,6 +165,9 @@ class KeyService(Protocol):
     ) -> tuple[SecretKeys, Mapping[int, OpenKCMError]]:
         """Open wrapped data keys; the mapping gives the error of each position that did not open."""
 
+    def lease(self, service: Service) -> float:
+        """For how many seconds from its opening a data key may be kept now; 0 is strict. Raises TenantDark."""
+
     def rewrap_keys(
         self, service: Service, wrapped: WrappedKeys
     ) -> tuple[WrappedKeys, Mapping[int, OpenKCMError]]:

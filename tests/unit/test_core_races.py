@@ -23,20 +23,10 @@ from openkcm.errors import (
     TenantDark,
 )
 from openkcm.keys import Change, Event, KeyState, Kind, Service, TenantState, WrappedKeys
-from support import make_vault, refused, url
+from support import Clock, make_vault, refused, url, without_threads
 
 IDLE = 3600.0
 """A poll interval at which the watcher never looks of itself."""
-
-
-class Clock:
-    """Time that moves when it is told to."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -49,14 +39,14 @@ def quiet(tmp_path: Path, clock: Clock) -> Iterator[openkcm.Core]:
     """A Core that looks at the store's changes only when it is told to."""
     make_vault(tmp_path).close()
     with openkcm.Core.open(url(tmp_path), poll_interval=IDLE, clock=clock) as core:
-        yield core
+        yield without_threads(core)
 
 
 @pytest.fixture
 def other(tmp_path: Path, quiet: openkcm.Core) -> Iterator[openkcm.Core]:
     """Another Core on the same store: to ``quiet`` it is another process."""
     with openkcm.Core.open(url(tmp_path), poll_interval=IDLE) as core:
-        yield core
+        yield without_threads(core)
 
 
 @pytest.fixture
@@ -150,7 +140,7 @@ def test_a_rotation_here_does_not_hide_one_elsewhere(
     assert new.version == 3
     assert opens(quiet, records, first)
     assert opens(other, records, new)
-    assert open_keys(quiet)["acme"] == quiet._vault._told["acme"]
+    assert open_keys(quiet)["acme"] == quiet._vault.follower.told["acme"]
 
 
 @pytest.mark.parametrize("act", ["rotate_tenant", "replace_root"])
@@ -306,7 +296,7 @@ def test_a_callers_own_wiped_key_is_not_tried_again(quiet: openkcm.Core, records
     refused(lambda: quiet.wrap_keys(records, keys, Kind.INLINE), SecretMemoryError)
 
 
-def test_a_refusal_is_asked_for_once_a_second(
+def test_a_refusal_is_asked_for_once_and_again_by_the_probe(
     quiet: openkcm.Core,
     other: openkcm.Core,
     records: Service,
@@ -322,10 +312,14 @@ def test_a_refusal_is_asked_for_once_a_second(
     assert len(asked) == 1
     (tenant,) = quiet.status("acme")
     assert tenant.state is TenantState.DARK
-    assert "refuses" in tenant.reason
+    assert "is not there" in tenant.reason
     (tmp_path / "unplugged").rename(tmp_path / "acme.root")
     refused(lambda: quiet.unwrap_keys(records, keys), TenantDark)
-    clock.now += 1.01
+    clock.now += 10.01
+    refused(lambda: quiet.unwrap_keys(records, keys), TenantDark)  # users are told, and do not ask
+    assert len(asked) == 1
+    quiet._vault.liveness.run_due(run=lambda probe: probe())
+    assert len(asked) == 2
     assert quiet.status("acme")[0].state is TenantState.LIVE
     assert opens(quiet, records, keys)
 
@@ -425,11 +419,11 @@ def test_the_ring_refuses_what_was_overtaken() -> None:
     one, two = crypto.generate_wrapping_key(), crypto.generate_wrapping_key()
     epoch = ring.epoch("acme")
     assert ring.publish("acme", epoch, 5, tenant_key=(1, one))
-    assert not ring.publish("acme", epoch, 6, service_key=ServiceKey(service, 1, two), active=True)
+    assert not ring.publish("acme", epoch, 6, service_key=ServiceKey(service, 1, two, 0.0), active=True)
     assert ring.active(service.service_id) is None
     ring.drop("acme")
     assert one.wiped
-    assert not ring.publish("acme", epoch, 5, service_key=ServiceKey(service, 1, two), active=True)
+    assert not ring.publish("acme", epoch, 5, service_key=ServiceKey(service, 1, two, 0.0), active=True)
     with ring.passing("acme", epoch, two) as passing:
         assert passing.wiped
     ring.close()

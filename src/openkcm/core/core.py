@@ -10,45 +10,42 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import time
 import weakref
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Final, TypeVar
+from typing import Final
 
-from .. import crypto
+from ..clock import awake_clock, utc_now
 from ..crypto import SecretKeys
 from ..errors import (
     CoreUnavailable,
-    DecryptError,
     InvalidInput,
-    KeyDestroyed,
-    LimitExceeded,
     OpenKCMError,
-    SecretMemoryError,
     StoreUnavailable,
 )
-from ..keys import Change, Event, Kind, Service, WrappedKeys, check_name
-from ..limits import KEY_ID_BYTES, MAX_KEYS_PER_CALL, WRAPPED_KEY_BYTES
-from . import audit, lifecycle, tombstones
-from .keyring import ServiceKey
+from ..keys import Change, Event, Kind, Service, TenantState, WrappedKeys, check_name
+from ..limits import KEY_ID_BYTES
+from . import audit, services, tenants, tombstones
+from .data_keys import DataKeys
+from .liveness import MAX_GRACE, Probe
 from .setup import initialise, open_existing
 from .status import ServiceStatus, TenantStatus
 from .store import Store, default_key_store
 from .tree import read_tree
-from .vault import OVERTAKEN, Vault
-from .watcher import Watcher
+from .vault import GRACE_SECONDS, PROBE_SECONDS, Vault
+from .watcher import Repeater
 
 POLL_SECONDS: Final = 0.25
 """How often a Core looks whether another process killed or changed a tenant."""
 
+MIN_PROBE: Final = 0.1
+MAX_PROBE: Final = 3600.0
+SHORTEST_NAP: Final = 0.005
+LONGEST_NAP: Final = 0.2
+"""How often the prober looks for probes that are due; less than the slack that a probe has."""
+
 DEFAULT_URL: Final = "sqlite:///vault.db"
-
-T = TypeVar("T")
-
-_TRIES: Final = 8
 
 
 class Core:
@@ -63,9 +60,9 @@ class Core:
         self._region = region
         self._interval = poll_interval
         self._closed = False
-        self._watcher: Watcher | None = None
+        self._repeaters: list[Repeater] = []
         self._starting = threading.Lock()
-        self._tombstones = tombstones.Tombstones(vault.store)
+        self._know_data_keys()
         _instances.add(self)
 
     @classmethod
@@ -76,7 +73,9 @@ class Core:
         seal: str | os.PathLike[str] | None = None,
         region: str | None = None,
         poll_interval: float = POLL_SECONDS,
-        clock: Callable[[], float] = time.monotonic,
+        probe_interval: float = PROBE_SECONDS,
+        grace: float = GRACE_SECONDS,
+        clock: Callable[[], float] = awake_clock,
     ) -> Core:
         """Open a vault, making it where there is none.
 
@@ -85,17 +84,25 @@ class Core:
             seal: the seal file; by default ``vault.seal`` beside ``vault.db``.
             region: the region of a new vault ("local" if not given); for an existing one, what it must be.
             poll_interval: seconds between looks at what other processes changed.
+            probe_interval: seconds between two questions to the root of a tenant in use, 0.1 to 3600; a root that
+                says no is noticed so much later at most, and one second.
+            grace: seconds for which a root that does not answer is put up with, 0 to 3600.
             clock: seconds that only ever grow; another one than the machine's is for tests.
 
         Raises:
             SealError: the seal file is missing, unsafe, or another vault's.
             StoreUnavailable: the database cannot be used.
-            InvalidInput: the URL is not one of a SQLite file, or the poll interval is not above zero.
+            InvalidInput: the URL is not one of a SQLite file, or a number of seconds is out of its range.
         """
         if not poll_interval > 0:
             raise InvalidInput("poll_interval is a number of seconds above zero")
+        if not MIN_PROBE <= probe_interval <= MAX_PROBE:
+            raise InvalidInput("probe_interval is 0.1 to 3600 seconds")
+        if not 0 <= grace <= MAX_GRACE:
+            raise InvalidInput("grace is 0 to 3600 seconds")
         store = Store(url)
-        vault = Vault(store, Path(seal) if seal is not None else store.path.with_suffix(".seal"), clock)
+        seal_path = Path(seal) if seal is not None else store.path.with_suffix(".seal")
+        vault = Vault(store, seal_path, clock, probe_interval, grace)
         try:
             if not store.exists():
                 initialise(vault, check_name(region or "local", "region"), utc_now())
@@ -109,8 +116,8 @@ class Core:
         if self._closed:
             return
         self._closed = True
-        if self._watcher is not None:
-            self._watcher.stop()
+        for repeater in self._repeaters:
+            repeater.stop()
         self._vault.close()
 
     def __enter__(self) -> Core:
@@ -162,7 +169,7 @@ class Core:
             RootMisconfigured, RootDenied, RootDisabled, RootDestroyed, RootUnavailable: the root's answer.
         """
         self._check_open()
-        lifecycle.link_tenant(self._vault, check_name(tenant, "tenant"), root, self._region, utc_now())
+        tenants.link_tenant(self._vault, check_name(tenant, "tenant"), root, self._region, utc_now())
 
     def create_service(self, tenant: str, name: str) -> Service:
         """Make a service of a tenant, with version 1 of its key.
@@ -172,7 +179,7 @@ class Core:
             TenantNotFound, TenantDark, RootUnavailable.
         """
         self._look()
-        return lifecycle.create_service(
+        return services.create_service(
             self._vault, check_name(tenant, "tenant"), check_name(name, "service"), utc_now()
         )
 
@@ -180,19 +187,37 @@ class Core:
         """Make a new version of a service key active; older versions only unwrap. Returns the new version."""
         self._look()
         service = self.find_service(tenant, name)
-        version = lifecycle.rotate_service(self._vault, service, utc_now())
+        version = services.rotate_service(self._vault, service, utc_now())
         self._vault.listeners.tell(Event(Change.ROTATED, tenant, service.service_id))
         return version
+
+    def set_lease(self, tenant: str, name: str, seconds: float) -> None:
+        """Let Gateways keep a service's data keys open for so long after each was opened; 0 takes it back.
+
+        A lease spares a Core call for a key that is used again and again. It is counted from the opening and never
+        extended, and a kill, or a root's no, ends it at once. What it costs: a key that another process shreds can
+        be used to its lease's end.
+
+        Args:
+            seconds: 0 to 3600.
+
+        Raises:
+            InvalidInput: another number of seconds.
+            TenantNotFound, ServiceNotFound, KeyDestroyed: there is no such service.
+        """
+        self._look()
+        services.set_lease(self._vault, self.find_service(tenant, name), seconds, utc_now())
+        self._vault.listeners.tell(Event(Change.ROTATED, tenant))
 
     def rotate_tenant(self, tenant: str) -> int:
         """Make a new tenant key, rewrap every service key under it, destroy the old. Returns the new version."""
         self._look()
-        return lifecycle.rotate_tenant(self._vault, check_name(tenant, "tenant"), utc_now())
+        return tenants.rotate_tenant(self._vault, check_name(tenant, "tenant"), utc_now())
 
     def replace_root(self, tenant: str, root: str) -> None:
         """Move the tenant key under another root, of any provider; nothing below it changes."""
         self._look()
-        lifecycle.replace_root(self._vault, check_name(tenant, "tenant"), root, utc_now())
+        tenants.replace_root(self._vault, check_name(tenant, "tenant"), root, utc_now())
 
     def kill(self, tenant: str, reason: str = "") -> None:
         """Switch a tenant off until ``restore``: its keys are zeroed first, then Gateways told, then it is recorded.
@@ -200,7 +225,7 @@ class Core:
         If the store cannot record it, the tenant is dark in this process all the same and the error is raised.
         """
         self._check_open()
-        lifecycle.kill(self._vault, check_name(tenant, "tenant"), reason, utc_now())
+        tenants.kill(self._vault, check_name(tenant, "tenant"), reason, utc_now())
 
     def restore(self, tenant: str) -> None:
         """Bring a killed tenant back; its root must open its tenant key now.
@@ -210,12 +235,12 @@ class Core:
             RootUnavailable: the root does not answer.
         """
         self._check_open()
-        lifecycle.restore(self._vault, check_name(tenant, "tenant"), utc_now())
+        tenants.restore(self._vault, check_name(tenant, "tenant"), utc_now())
 
     def unlink(self, tenant: str) -> None:
         """Destroy a tenant's keys for good: its data can never be read again from this vault."""
         self._check_open()
-        lifecycle.unlink(self._vault, check_name(tenant, "tenant"), utc_now())
+        tenants.unlink(self._vault, check_name(tenant, "tenant"), utc_now())
 
     def list_tenants(self) -> list[TenantStatus]:
         """Every linked tenant with its services, sorted by name."""
@@ -246,12 +271,37 @@ class Core:
         with self._vault.store.read() as connection:
             return audit.verify(connection)
 
+    # ---- roots ---------------------------------------------------------------------------------------
+
+    def probe(self, tenant: str) -> Probe:
+        """Ask a tenant's root now, with the bytes of its tenant key; what it says counts as in any probe.
+
+        Raises:
+            TenantNotFound, KeyDestroyed: there is no such tenant.
+            TenantDark: an operator killed it; its root is not asked.
+        """
+        self._check_open()
+        return tenants.probe(self._vault, check_name(tenant, "tenant"))
+
+    def root_changed(self, uri: str) -> dict[str, Probe]:
+        """Ask, now, the root of every tenant that is linked to ``uri``: the push door for a provider's events.
+
+        Returns what each tenant's root said. Other processes on the vault follow within their poll interval.
+        """
+        self._check_open()
+        return tenants.probe_under(self._vault, str(uri))
+
+    def liveness(self) -> dict[str, int]:
+        """Counters since this process opened the vault: ``probes`` asked, changes to ``live``, ``grace``, ``dark``."""
+        counts = self._vault.liveness.counts
+        return {name: counts[name] for name in ("probes", *TenantState)}
+
     # ---- what a Gateway needs (keys.KeyService) ------------------------------------------------------
 
     def find_service(self, tenant: str, name: str) -> Service:
         """Look a service up; raises TenantNotFound, ServiceNotFound or KeyDestroyed."""
         self._check_open()
-        return lifecycle.find_service(self._vault, check_name(tenant, "tenant"), check_name(name, "service"))
+        return services.find_service(self._vault, check_name(tenant, "tenant"), check_name(name, "service"))
 
     def wrap_keys(self, service: Service, keys: SecretKeys, kind: Kind, ids: bytes = b"") -> WrappedKeys:
         """Wrap data keys under the service's active key.
@@ -266,14 +316,7 @@ class Core:
             DecryptError: the service's own key was altered in the store.
         """
         self._look()
-        if type(kind) is not Kind:
-            raise InvalidInput(f"a kind is an openkcm.Kind, not {type(kind).__name__}")
-
-        def wrap(held: ServiceKey) -> WrappedKeys:
-            wrapped = crypto.wrap_many(held.key, keys, held.aad[kind], ids)
-            return WrappedKeys(kind, held.version, wrapped, ids)
-
-        return self._with_key(service, None, wrap)
+        return self._data_keys.wrap(service, keys, kind, ids)
 
     def unwrap_keys(
         self, service: Service, wrapped: WrappedKeys
@@ -285,16 +328,7 @@ class Core:
             TenantDark, RootUnavailable, ServiceNotFound, TenantNotFound: nothing was tried.
         """
         self._look()
-        blobs, failures = self._without_shredded(service, wrapped)
-
-        def unwrap(held: ServiceKey) -> tuple[SecretKeys, list[int]]:
-            return crypto.unwrap_many(held.key, blobs, held.aad[wrapped.kind], wrapped.ids)
-
-        try:
-            keys, failed = self._with_key(service, wrapped.version, unwrap)
-        except (DecryptError, KeyDestroyed) as error:
-            return crypto.generate_keys(len(wrapped)), _every(wrapped, error, failures)
-        return keys, _errors(failed, failures)
+        return self._data_keys.unwrap(service, wrapped)
 
     def rewrap_keys(
         self, service: Service, wrapped: WrappedKeys
@@ -304,22 +338,16 @@ class Core:
         Positions that did not open are zeros, and the mapping has the error of each. Raises as ``unwrap_keys``.
         """
         self._look()
-        blobs, failures = self._without_shredded(service, wrapped)
+        return self._data_keys.rewrap(service, wrapped)
 
-        def rewrap(old: ServiceKey) -> tuple[WrappedKeys, list[int]]:
-            new = self._vault.active_key(service)
-            moved, failed = crypto.rewrap_many(
-                old.key, new.key, blobs, old.aad[wrapped.kind], new.aad[wrapped.kind], wrapped.ids
-            )
-            return WrappedKeys(wrapped.kind, new.version, moved, wrapped.ids), failed
+    def lease(self, service: Service) -> float:
+        """For how many seconds, from its opening, a data key may be kept open now; 0 is strict.
 
-        try:
-            moved, failed = self._with_key(service, wrapped.version, rewrap)
-        except (DecryptError, KeyDestroyed) as error:
-            nothing = bytes(len(wrapped.wrapped))
-            moved = WrappedKeys(wrapped.kind, wrapped.version, nothing, wrapped.ids)
-            return moved, _every(wrapped, error, failures)
-        return moved, _errors(failed, failures)
+        Raises:
+            TenantDark: no key of the tenant may be used, kept ones included.
+        """
+        self._look()
+        return self._vault.lease(service)
 
     def shred_keys(self, service: Service, ids: bytes) -> None:
         """Record stored data keys as destroyed, for good; only random ids are kept."""
@@ -343,7 +371,7 @@ class Core:
     def poll(self) -> None:
         """Look now at what other processes changed."""
         if not self._closed:
-            self._vault.poll()
+            self._vault.follower.poll()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -352,70 +380,37 @@ class Core:
     def _look(self) -> None:
         """Before keys are used: make sure that changes by other processes are seen in time."""
         self._check_open()
-        if self._watcher is None:
+        if not self._repeaters:
             with self._starting:
-                if self._watcher is None:
-                    self._watcher = Watcher(self, self._interval)
+                if not self._repeaters:
+                    self._repeaters = [
+                        Repeater(self, "openkcm-watcher", _watch, self._interval),
+                        Repeater(self, "openkcm-prober", _probe, SHORTEST_NAP),
+                    ]
         # The thread may be starved; a use after twice its interval looks for itself.
-        if self._vault.clock() - self._vault.polled > 2 * self._interval:
+        if self._vault.clock() - self._vault.follower.polled > 2 * self._interval:
             # Open keys outlive an outage of the store; the watcher logs it.
             with contextlib.suppress(StoreUnavailable):
-                self._vault.poll()
-
-    def _with_key(self, service: Service, version: int | None, use: Callable[[ServiceKey], T]) -> T:
-        """Run ``use`` with a service key; again if the key was dropped between look-up and use."""
-        vault = self._vault
-        for _ in range(_TRIES):
-            held = vault.active_key(service) if version is None else vault.version_key(service, version)
-            try:
-                return use(held)
-            except SecretMemoryError:
-                # Still in place: it is not our key that was wiped, or no memory can be locked.
-                if vault.ring.version(service.service_id, held.version) is held:
-                    raise
-        raise StoreUnavailable(OVERTAKEN)
-
-    def _without_shredded(
-        self, service: Service, wrapped: WrappedKeys
-    ) -> tuple[bytes, dict[int, OpenKCMError]]:
-        """Blank out shredded keys, so that they are not even opened."""
-        if len(wrapped) > MAX_KEYS_PER_CALL:
-            raise LimitExceeded(f"{len(wrapped)} keys in one call; at most {MAX_KEYS_PER_CALL} are allowed")
-        if not wrapped.kind.stored:
-            return wrapped.wrapped, {}
-        gone = self._tombstones.find(service, wrapped.ids)
-        if not gone:
-            return wrapped.wrapped, {}
-        blobs = bytearray(wrapped.wrapped)
-        failures: dict[int, OpenKCMError] = {}
-        for at in range(len(wrapped)):
-            if wrapped.ids[at * KEY_ID_BYTES : (at + 1) * KEY_ID_BYTES] in gone:
-                blobs[at * WRAPPED_KEY_BYTES : (at + 1) * WRAPPED_KEY_BYTES] = bytes(WRAPPED_KEY_BYTES)
-                failures[at] = KeyDestroyed(
-                    "this data key was shredded; what it encrypted cannot be read again"
-                )
-        return bytes(blobs), failures
+                self._vault.follower.poll()
 
     def _after_fork(self) -> None:
         self._vault.forget()
-        self._watcher = None
+        self._repeaters = []
         self._starting = threading.Lock()
+        self._know_data_keys()
+
+    def _know_data_keys(self) -> None:
         self._tombstones = tombstones.Tombstones(self._vault.store)
+        self._data_keys = DataKeys(self._vault, self._tombstones)
 
 
-def _every(
-    wrapped: WrappedKeys, error: OpenKCMError, known: dict[int, OpenKCMError]
-) -> Mapping[int, OpenKCMError]:
-    return {at: known.get(at) or error for at in range(len(wrapped))}
+def _watch(core: Core) -> float:
+    core.poll()
+    return core._interval
 
 
-def _errors(failed: list[int], known: dict[int, OpenKCMError]) -> Mapping[int, OpenKCMError]:
-    return {at: known.get(at) or DecryptError() for at in failed}
-
-
-def utc_now() -> str:
-    """The time as the store keeps it: ISO 8601, UTC, milliseconds."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+def _probe(core: Core) -> float:
+    return min(max(core._vault.liveness.run_due(), SHORTEST_NAP), LONGEST_NAP)
 
 
 _instances: weakref.WeakSet[Core] = weakref.WeakSet()

@@ -17,14 +17,18 @@ from ..keys import Kind, Service
 
 
 class ServiceKey:
-    """One version of a service key, open, with the associated data of the data keys under it."""
+    """One version of a service key, open, with the associated data of the data keys under it.
 
-    __slots__ = ("aad", "key", "service", "version")
+    ``lease`` is for how many seconds a Gateway may keep a data key that it had opened; 0 for not at all.
+    """
 
-    def __init__(self, service: Service, version: int, key: WrappingKey) -> None:
+    __slots__ = ("aad", "key", "lease", "service", "version")
+
+    def __init__(self, service: Service, version: int, key: WrappingKey, lease: float) -> None:
         self.service = service
         self.version = version
         self.key = key
+        self.lease = lease
         self.aad = {
             kind: data_key_aad(service.tenant, service.region, service.service_id, version, kind)
             for kind in Kind
@@ -53,8 +57,9 @@ class Keyring:
         self._passing: dict[str, list[WrappingKey]] = {}
         self._active: dict[bytes, ServiceKey] = {}
         self._versions: dict[tuple[bytes, int], ServiceKey] = {}
+        self._leases: dict[bytes, float] = {}
 
-    # Plain dict look-ups: these two stand on the path of every batch and take no lock.
+    # Plain dict look-ups: these three stand on the path of every batch and take no lock.
 
     def active(self, service_id: bytes) -> ServiceKey | None:
         """The open key that wraps new data keys of a service."""
@@ -63,6 +68,10 @@ class Keyring:
     def version(self, service_id: bytes, version: int) -> ServiceKey | None:
         """An open key of a service by its version."""
         return self._versions.get((service_id, version))
+
+    def lease(self, service_id: bytes) -> float:
+        """The open-lease of a service that has an open key; else 0."""
+        return self._leases.get(service_id, 0.0)
 
     def tenant_key(self, tenant: str, version: int) -> WrappingKey | None:
         """An open tenant key."""
@@ -74,6 +83,11 @@ class Keyring:
         """A number that grows when the tenant is dropped; take it before the store is read for an opening."""
         with self._lock:
             return self._epochs.get(tenant, 0)
+
+    def is_open(self, tenant: str) -> bool:
+        """Whether any key of the tenant is open."""
+        with self._lock:
+            return tenant in self._tenants
 
     def generations(self) -> dict[str, int]:
         """The store's generation that each tenant's keys were opened at."""
@@ -124,6 +138,7 @@ class Keyring:
     def _add(self, held: _Tenant, opened: ServiceKey, active: bool) -> None:
         place = (opened.service.service_id, opened.version)
         held.service_keys[place] = self._versions[place] = opened
+        self._leases[opened.service.service_id] = opened.lease
         if active:
             self._active[opened.service.service_id] = opened
 
@@ -160,6 +175,7 @@ class Keyring:
                 held = self._tenants.pop(tenant, None) or _Tenant(0)
                 for place, opened in held.service_keys.items():
                     self._versions.pop(place, None)
+                    self._leases.pop(place[0], None)
                     if self._active.get(place[0]) is opened:
                         del self._active[place[0]]
             # Tenant keys first: no service key can be opened under them while the others are waited for.

@@ -38,16 +38,14 @@ def seal_tenant_key(seal: WrappingKey, key: WrappingKey, tenant: str, region: st
     return wrap_key(seal, key, wrap_aad(2, tenant, region, version=version))
 
 
-def open_tenant_key(
-    root: Root, seal: WrappingKey, wrapped: bytes, tenant: str, region: str, version: int
+def open_sealed_tenant_key(
+    seal: WrappingKey, sealed: bytes, tenant: str, region: str, version: int
 ) -> WrappingKey:
-    """Open a tenant key through the root and the seal key.
+    """Open what the root unwrapped with the seal key.
 
     Raises:
         DecryptError: the blob was altered or belongs elsewhere, or the seal key is not its own.
-        RootUnavailable, RootDisabled, RootDenied, RootDestroyed: the root's answer.
     """
-    sealed = root.unwrap(wrapped, root_context(tenant, region, version))
     return unwrap_key(seal, bytes(sealed), wrap_aad(2, tenant, region, version=version))
 
 

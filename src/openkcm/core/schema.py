@@ -12,6 +12,7 @@ from typing import Final
 
 from sqlalchemy import (
     Column,
+    Float,
     ForeignKey,
     ForeignKeyConstraint,
     Integer,
@@ -22,7 +23,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-HEAD: Final = "0001"
+HEAD: Final = "0002"
 """The newest Alembic revision that this build knows."""
 
 metadata: Final = MetaData()
@@ -44,6 +45,9 @@ tenants = Table(
     Column("root_uri", String(1024), nullable=False),
     Column("state", String(16), nullable=False),
     Column("reason", String(256), nullable=False, default=""),
+    # What the root last said to any process: live, grace or dark. A report, never a reason to open or to refuse.
+    Column("liveness", String(16), nullable=False, default="live"),
+    Column("liveness_reason", String(256), nullable=False, default=""),
     # Grows with every change of state or keys, so that another process sees at a glance what it must drop.
     Column("generation", Integer, nullable=False),
     Column("created_at", String(32), nullable=False),
@@ -67,6 +71,8 @@ services = Table(
     Column("tenant", String(128), ForeignKey("tenants.tenant"), nullable=False),
     Column("name", String(128), nullable=False),
     Column("active_version", Integer, nullable=False),
+    # For how many seconds Gateways may keep a data key that was opened for them; 0 is strict.
+    Column("lease", Float, nullable=False, default=0.0),
     Column("created_at", String(32), nullable=False),
     UniqueConstraint("tenant", "name"),
 )

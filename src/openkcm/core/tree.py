@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Final
+from typing import Any, Final
 
 import sqlalchemy as sql
+from sqlalchemy.engine import Row
 
 from ..errors import TenantNotFound
 from ..keys import KeyState, TenantState
 from . import schema
+from .rows import LIVE, UNLINKED
 from .status import ServiceKeyStatus, ServiceStatus, TenantStatus
-from .vault import LIVE, UNLINKED, Vault
+from .vault import Vault
 
 _BY_OPERATOR: Final = "killed by an operator"
 
@@ -36,8 +38,8 @@ def read_tree(vault: Vault, tenant: str | None) -> list[TenantStatus]:
         TenantStatus(
             tenant=row.tenant,
             region=row.region,
-            state=TenantState.LIVE if reason is None else TenantState.DARK,
-            reason=reason or "",
+            state=state,
+            reason=reason,
             root=row.root_uri,
             development=row.root_uri.startswith("local:"),
             key_version=row.key_version,
@@ -46,16 +48,19 @@ def read_tree(vault: Vault, tenant: str | None) -> list[TenantStatus]:
             services=tuple(services[row.tenant]),
             created_at=row.created_at,
         )
-        for row, reason in ((row, _why_dark(vault, row.tenant, row.state, row.reason)) for row in rows)
+        for row, (state, reason) in ((row, _state_of(vault, row)) for row in rows)
     ]
 
 
-def _why_dark(vault: Vault, tenant: str, state: str, reason: str) -> str | None:
-    """Why the tenant is dark, in this process at least; None if it is live."""
-    if state != LIVE:
-        return reason or _BY_OPERATOR
-    here = vault.dark_here(tenant)
-    return here if here is None else here or _BY_OPERATOR
+def _state_of(vault: Vault, row: Row[Any]) -> tuple[TenantState, str]:
+    """A tenant's state and the reason for it, as this process or, failing that, the store knows it."""
+    killed = row.reason or _BY_OPERATOR if row.state != LIVE else vault.dark_here(row.tenant)
+    if killed is not None:
+        return TenantState.DARK, killed or _BY_OPERATOR
+    here = vault.liveness.state_of(row.tenant)
+    if here is not None:
+        return here.state, here.reason
+    return TenantState(row.liveness), row.liveness_reason
 
 
 def _services(connection: sql.Connection, tenant: str | None) -> dict[str, list[ServiceStatus]]:

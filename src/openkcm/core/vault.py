@@ -4,23 +4,22 @@
 Invariant: a key is opened only for a tenant that the store calls live and whose root said yes just then. What was
 overtaken does not stay open: a drop in this process moves the tenant's epoch, which was taken before the store was
 read; and the store is read once more after a key was published, so that a change by another process is seen either
-there or, the key being published, by ``poll``. No lock is held while a root is asked that another tenant would wait
-for.
+there or, the key being published, by ``Follower.poll``. No lock is held while a root is asked that another tenant
+would wait for.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 import sqlalchemy as sql
-from sqlalchemy.engine import Connection
 
+from ..clock import awake_clock, utc_now
 from ..crypto import WrappingKey
 from ..errors import (
     AccessDenied,
@@ -28,50 +27,36 @@ from ..errors import (
     DecryptError,
     KeyDestroyed,
     KeyDisabled,
-    OpenKCMError,
+    RootUnavailable,
     SealError,
     SecretMemoryError,
-    ServiceNotFound,
     StoreUnavailable,
     TenantDark,
-    TenantNotFound,
 )
-from ..keys import Change, Event, KeyState, Service
+from ..keys import Change, Event, Service, TenantState
 from ..roots import Root, open_root
-from . import schema
+from . import audit, schema
+from .follower import Follower
 from .keyring import Keyring, ServiceKey
-from .opening import open_service_key, open_tenant_key
+from .liveness import Liveness
+from .opening import open_sealed_tenant_key, open_service_key, root_context
+from .patience import patiently
+from .rows import LIVE, MAX_REASON, FoundKey, TenantRow, no_such_service, read_service_key, read_tenant
 from .seal import open_seal
 from .store import Store
 from .watcher import Listeners
-
-LIVE: Final = "live"
-KILLED: Final = "killed"
-UNLINKED: Final = "unlinked"
 
 OVERTAKEN: Final = "the tenant was changed by somebody else meanwhile, again and again; try again"
 
 logger = logging.getLogger("openkcm")
 
 _TRIES: Final = 8
-_CHUNK: Final = 500
 
-REFUSAL_SECONDS: Final = 1.0
-"""How long a root's "no" is repeated without asking it again, so that a busy tenant does not flood its root."""
+PROBE_SECONDS: Final = 10.0
+"""How often the root of each tenant in use is asked."""
 
-
-@dataclass(frozen=True, slots=True)
-class TenantRow:
-    """A tenant and its active key as the store has them."""
-
-    tenant: str
-    region: str
-    root_uri: str
-    state: str
-    reason: str
-    generation: int
-    key_version: int
-    wrapped: bytes
+GRACE_SECONDS: Final = 300.0
+"""How long a root that does not answer is put up with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,20 +68,22 @@ class OpenTenant:
     key: WrappingKey
 
 
-class _FoundKey(NamedTuple):
-    version: int
-    wrapped: bytes
-    active: bool
-
-
 class Vault:
     """The Core's inside; one a process, safe for threads."""
 
-    def __init__(self, store: Store, seal_path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        store: Store,
+        seal_path: Path,
+        clock: Callable[[], float] = awake_clock,
+        probe_interval: float = PROBE_SECONDS,
+        grace: float = GRACE_SECONDS,
+    ) -> None:
         self.store = store
         self.seal_path = seal_path
         self.listeners = Listeners()
         self.clock = clock
+        self._probing = (probe_interval, grace)
         self._inherited: list[object] = []
         self._reset()
 
@@ -109,11 +96,8 @@ class Vault:
         self._opening: dict[str, threading.RLock] = {}
         # Kills that the store does not know of yet, or never will.
         self._dark: dict[str, str] = {}
-        self._refusals: dict[str, tuple[float, OpenKCMError]] = {}
-        # The generation that Gateways know of each tenant whose keys were used here since it was last dark.
-        self._told: dict[str, int] = {}
-        self._seen: int | None = None
-        self.polled = self.clock()
+        self.liveness = Liveness(self, *self._probing)
+        self.follower = Follower(self)
 
     def forget(self) -> None:
         """Start anew in a forked child: nothing secret is inherited, and the parent's sessions are left alone."""
@@ -127,6 +111,7 @@ class Vault:
     def close(self) -> None:
         """Zero every key and close everything, for good."""
         self._closed = True
+        self.liveness.close()
         self.ring.close()
         self.store.retire()
         seal, self._seal = self._seal, None
@@ -143,9 +128,11 @@ class Vault:
         """The seal key, read on first use in each process."""
         seal = self._seal
         if seal is None:
+            self.check_open()
             seal = open_seal(self.seal_path)
             self._seal = seal
-            if self._closed:
+            if self._closed:  # meanwhile; whoever closed it did not see this one
+                self._seal = None
                 seal.wipe()
         return seal
 
@@ -164,30 +151,6 @@ class Vault:
             opened.close()
         return kept
 
-    def tenant_row(self, connection: Connection, tenant: str) -> TenantRow:
-        """Read a tenant with its active key; TenantNotFound or KeyDestroyed."""
-        tenants, keys = schema.tenants.c, schema.tenant_keys.c
-        found = connection.execute(sql.select(schema.tenants).where(tenants.tenant == tenant)).first()
-        if found is None:
-            raise TenantNotFound(f"no tenant {tenant} is linked; link it with 'openkcm tenant link'")
-        if found.state == UNLINKED:
-            raise KeyDestroyed(
-                f"the tenant {tenant} was unlinked and its keys destroyed; its data cannot be read again"
-            )
-        key = connection.execute(
-            sql.select(keys.version, keys.wrapped).where(keys.tenant == tenant, keys.state == KeyState.ACTIVE)
-        ).one()
-        return TenantRow(
-            tenant,
-            found.region,
-            found.root_uri,
-            found.state,
-            found.reason,
-            found.generation,
-            key.version,
-            key.wrapped,
-        )
-
     def open_tenant(self, tenant: str) -> OpenTenant:
         """The tenant's active key, opened through its root if it is not open.
 
@@ -200,8 +163,8 @@ class Vault:
             for _ in range(_TRIES):
                 epoch = self.ring.epoch(tenant)
                 with self.store.read() as connection:
-                    row = self.tenant_row(connection, tenant)
-                if self._overtaken(row):
+                    row = read_tenant(connection, tenant)
+                if self.follower.overtaken(row):
                     continue
                 opened = self._tenant_key(row, epoch)
                 if opened is not None:
@@ -214,28 +177,47 @@ class Vault:
         held = self.ring.tenant_key(row.tenant, row.key_version)
         if held is not None:
             return OpenTenant(row, epoch, held)
-        key = self.open_through_root(row)
+        asked = self.clock()
+        key, sealed = self.open_through_root(row)
+        self.liveness.opened(row, sealed, asked)
         if not self.ring.publish(row.tenant, epoch, row.generation, tenant_key=(row.key_version, key)):
             key.wipe()
             return None
-        self._refusals.pop(row.tenant, None)
-        return OpenTenant(row, epoch, key) if self._confirmed(row) else None
+        return OpenTenant(row, epoch, key) if self.follower.confirmed(row) else None
 
-    def open_through_root(self, row: TenantRow) -> WrappingKey:
-        """Ask the root, now; a refusal makes the tenant dark and is remembered for a second."""
+    def open_through_root(self, row: TenantRow) -> tuple[WrappingKey, bytes]:
+        """Ask the root, now: the tenant key, and what the root unwrapped, which is sealed still.
+
+        A refusal makes the tenant dark. It, and an outage, are remembered for a moment.
+        """
+        outage = self.liveness.still_silent(row.tenant)
+        if outage is not None:
+            raise type(outage)(str(outage))
         try:
-            root = self.root(row.root_uri)
-            return open_tenant_key(root, self.seal(), row.wrapped, row.tenant, row.region, row.key_version)
+            sealed = patiently(self.ask_root, row)
+            return open_sealed_tenant_key(
+                self.seal(), sealed, row.tenant, row.region, row.key_version
+            ), sealed
+        except RootUnavailable as error:
+            self.liveness.silent(row.tenant, error)
+            raise
         except (KeyDisabled, KeyDestroyed, AccessDenied) as error:
-            dark = TenantDark(f"the root of tenant {row.tenant} refuses: {error}")
-            if row.tenant not in self._refusals:
-                logger.warning("%s", dark)  # once, until it opens again
-            self._refusals[row.tenant] = (self.clock() + REFUSAL_SECONDS, dark)
-            self.go_dark(row.tenant)
-            raise dark from None
+            if row.state == LIVE:
+                raise self.liveness.refused(row, error) from None
+            raise TenantDark(f"the root of tenant {row.tenant} refuses: {error}") from None
         except SecretMemoryError:
             self.check_open()  # the seal key was wiped
             raise
+
+    def ask_root(self, row: TenantRow) -> bytes:
+        """Have the root unwrap the tenant key, once; what it gives back is sealed still."""
+        return self.root(row.root_uri).unwrap(
+            row.wrapped, root_context(row.tenant, row.region, row.key_version)
+        )
+
+    def check_sealed(self, row: TenantRow, sealed: bytes) -> None:
+        """Raise DecryptError unless this is the tenant's key, sealed by this vault."""
+        open_sealed_tenant_key(self.seal(), sealed, row.tenant, row.region, row.key_version).wipe()
 
     def check_open(self) -> None:
         """Raise CoreUnavailable if the Core was closed."""
@@ -251,24 +233,30 @@ class Vault:
                 f"the tenant {row.tenant} was killed{f' ({why})' if why else ''}; "
                 "'openkcm tenant restore' brings it back"
             )
-        refusal = self._refusal(row.tenant)
+        refusal = self.liveness.last_word(row.tenant)
         if refusal is not None:
             raise TenantDark(refusal)
 
     def dark_here(self, tenant: str) -> str | None:
-        """Why a tenant that the store calls live is dark in this process, or None."""
-        return self._dark.get(tenant) if tenant in self._dark else self._refusal(tenant)
-
-    def _refusal(self, tenant: str) -> str | None:
-        refusal = self._refusals.get(tenant)
-        return str(refusal[1]) if refusal is not None and self.clock() < refusal[0] else None
+        """Why this process keeps a tenant dark that the store calls live, or None: a kill it could not record."""
+        return self._dark.get(tenant)
 
     def active_key(self, service: Service) -> ServiceKey:
-        """The service's active key, opened if need be."""
+        """The service's active key, opened if need be; TenantDark if its root said no or is gone for too long."""
+        self.liveness.check(service.tenant)
         held = self.ring.active(service.service_id)
         if held is None:
             return self._open_service_key(service, None)
         return _of_tenant(held, service)
+
+    def lease(self, service: Service) -> float:
+        """For how many seconds the service's data keys may be kept open; 0 if its keys are not open here.
+
+        Raises:
+            TenantDark: its root said no, or is gone for too long.
+        """
+        self.liveness.check(service.tenant)
+        return self.ring.lease(service.service_id)
 
     def version_key(self, service: Service, version: int) -> ServiceKey:
         """A version of the service's key, opened if need be.
@@ -277,7 +265,9 @@ class Vault:
             DecryptError: there is no such version.
             KeyDestroyed: it was destroyed.
             ServiceNotFound: the tenant has no such service.
+            TenantDark: its root said no, or is gone for too long.
         """
+        self.liveness.check(service.tenant)
         held = self.ring.version(service.service_id, version)
         if held is None:
             return self._open_service_key(service, version)
@@ -288,9 +278,9 @@ class Vault:
             for _ in range(_TRIES):
                 epoch = self.ring.epoch(service.tenant)
                 with self.store.read() as connection:
-                    row = self.tenant_row(connection, service.tenant)
-                    found = _service_key_row(connection, service, version)
-                if self._overtaken(row):
+                    row = read_tenant(connection, service.tenant)
+                    found = read_service_key(connection, service, version)
+                if self.follower.overtaken(row):
                     continue
                 parent = self._tenant_key(row, epoch)
                 opened = self._open_under(parent, service, found) if parent is not None else None
@@ -298,7 +288,7 @@ class Vault:
                     return opened
         raise StoreUnavailable(OVERTAKEN)
 
-    def _open_under(self, parent: OpenTenant, service: Service, found: _FoundKey) -> ServiceKey | None:
+    def _open_under(self, parent: OpenTenant, service: Service, found: FoundKey) -> ServiceKey | None:
         row = parent.row
         try:
             key = open_service_key(
@@ -308,13 +298,13 @@ class Vault:
             if parent.key.wiped:  # dropped since; the caller looks again
                 return None
             raise
-        opened = ServiceKey(service, found.version, key)
+        opened = ServiceKey(service, found.version, key, found.lease)
         if not self.ring.publish(
             row.tenant, parent.epoch, row.generation, service_key=opened, active=found.active
         ):
             key.wipe()
             return None
-        return opened if self._confirmed(row) else None
+        return opened if self.follower.confirmed(row) else None
 
     def _lock_of(self, tenant: str) -> threading.RLock:
         return self._opening.setdefault(tenant, threading.RLock())
@@ -328,88 +318,67 @@ class Vault:
         """
         if killed is not None:
             self._dark[tenant] = killed
-        # In this order: who opens between the two is dropped, and no open key goes unwatched.
-        self._told.pop(tenant, None)
-        self.ring.drop(tenant)
+        self.liveness.forget(tenant)
+        self.zero(tenant)
+
+    def zero(self, tenant: str) -> None:
+        """Zero the tenant's keys, then tell the Gateways."""
+        self._drop(tenant)
         self.listeners.tell(Event(Change.DARK, tenant))
+
+    def zero_again(self, tenant: str) -> None:
+        """Zero what was opened since the tenant went dark, if anything was; Gateways hear of it only then."""
+        if self._drop(tenant):
+            self.listeners.tell(Event(Change.DARK, tenant))
+
+    def _drop(self, tenant: str) -> bool:
+        # In this order: who opens between the two is dropped, and no open key goes unwatched.
+        self.follower.forget(tenant)
+        return self.ring.drop(tenant)
 
     def settle_dark(self, tenant: str) -> None:
         """From here on the store, which has recorded it, says that the tenant is dark; and may say otherwise later."""
         # Once more: a thread that read the store before it was recorded has taken its epoch before this, and a
         # restore that was overtaken may have called the tenant live since.
-        if self.ring.drop(tenant):
-            self._told.pop(tenant, None)
-            self.listeners.tell(Event(Change.DARK, tenant))
+        self.zero_again(tenant)
         self._dark.pop(tenant, None)
 
     def go_live(self, tenant: str) -> None:
         """Forget that the tenant was dark, and tell the Gateways."""
         self._dark.pop(tenant, None)
-        self._refusals.pop(tenant, None)
+        self.liveness.forget(tenant)
+        self.tell_live(tenant)
+
+    def tell_live(self, tenant: str) -> None:
+        """Tell the Gateways that a dark tenant may be used again."""
         self.listeners.tell(Event(Change.LIVE, tenant))
+
+    def record_liveness(self, tenant: str, state: TenantState, reason: str) -> None:
+        """Write what a root said into the vault and its audit record, if it is news; others then look too."""
+        columns = schema.tenants.c
+        with self.store.write() as connection:
+            before = connection.execute(
+                sql.select(columns.liveness).where(columns.tenant == tenant, columns.state == LIVE)
+            ).scalar()
+            if before is None or before == state:
+                return
+            # To and from dark only: in grace the keys of other processes stay good.
+            step = 1 if TenantState.DARK in (state, before) else 0
+            connection.execute(
+                schema.tenants.update()
+                .where(columns.tenant == tenant)
+                .values(
+                    liveness=state, liveness_reason=reason[:MAX_REASON], generation=columns.generation + step
+                )
+            )
+            audit.append(connection, utc_now(), f"root-{state}", tenant, detail=reason[:MAX_REASON])
 
     def changed(self, tenant: str, generation: int, *, keep: bool = False) -> None:
         """Take note of an act of this process, of which Gateways need not hear as of another's; drops open keys."""
         if not keep:
             self.ring.drop(tenant)
-        if tenant in self._told:
-            self._told[tenant] = generation
-
-    def poll(self) -> None:
-        """Act on what other processes changed: drop the keys of every tenant whose generation moved."""
-        self.polled = self.clock()
-        seen = self.store.data_version()
-        if seen == self._seen:
-            return
-        columns = schema.tenants.c
-        told = list(self._told)
-        for start in range(0, len(told), _CHUNK):
-            with self.store.read() as connection:
-                rows = connection.execute(
-                    sql.select(columns.tenant, columns.generation, columns.state).where(
-                        columns.tenant.in_(told[start : start + _CHUNK])
-                    )
-                ).all()
-            for row in rows:
-                self._reconcile(row.tenant, row.generation, row.state)
-        # Only now: a look that failed half-way is made again.
-        self._seen = seen
-
-    def _overtaken(self, row: TenantRow) -> bool:
-        """Whether the store has moved on since this process's Gateways were told of the tenant; tells them."""
-        if row.state == LIVE:
-            self._told.setdefault(row.tenant, row.generation)
-        return self._reconcile(row.tenant, row.generation, row.state)
-
-    def _confirmed(self, row: TenantRow) -> bool:
-        """Look again after a key was published: whether the tenant is as it was when it was read."""
-        columns = schema.tenants.c
-        try:
-            with self.store.read() as connection:
-                now = connection.execute(
-                    sql.select(columns.generation, columns.state).where(columns.tenant == row.tenant)
-                ).one()
-        except BaseException:
-            self.ring.drop(row.tenant)
-            raise
-        if now.generation == row.generation:
-            return True
-        self.ring.drop(row.tenant)
-        self._reconcile(row.tenant, now.generation, now.state)
-        return False
-
-    def _reconcile(self, tenant: str, generation: int, state: str) -> bool:
-        """Drop and tell if the store is ahead of what Gateways know; returns whether it was."""
-        known = self._told.get(tenant)
-        if known is None or generation <= known:
-            return False
-        if state == LIVE:
-            self._told[tenant] = generation
-            self.ring.drop(tenant)
-            self.listeners.tell(Event(Change.ROTATED, tenant))
-        else:
-            self.go_dark(tenant)
-        return True
+            self.liveness.forget(tenant)  # it may be another root's tenant now
+        self.follower.changed(tenant, generation)
 
 
 def check_seal(seal: WrappingKey, check: bytes, vault_id: bytes) -> None:
@@ -426,37 +395,5 @@ def check_seal(seal: WrappingKey, check: bytes, vault_id: bytes) -> None:
 
 def _of_tenant(held: ServiceKey, service: Service) -> ServiceKey:
     if held.service.tenant != service.tenant or held.service.region != service.region:
-        raise _not_of_tenant(service)
+        raise no_such_service(service)
     return held
-
-
-def _not_of_tenant(service: Service) -> ServiceNotFound:
-    return ServiceNotFound(
-        f"the tenant {service.tenant} has no such service as {service.name}, or not any more"
-    )
-
-
-def _service_key_row(connection: Connection, service: Service, version: int | None) -> _FoundKey:
-    tenants, services, keys = schema.tenants.c, schema.services.c, schema.service_keys.c
-    active = connection.execute(
-        sql.select(services.active_version)
-        .join(schema.tenants, tenants.tenant == services.tenant)
-        .where(
-            services.service_id == service.service_id,
-            services.tenant == service.tenant,
-            tenants.region == service.region,
-        )
-    ).scalar()
-    if active is None:
-        raise _not_of_tenant(service)
-    wanted = active if version is None else version
-    found = connection.execute(
-        sql.select(keys.state, keys.wrapped).where(
-            keys.service_id == service.service_id, keys.version == wanted
-        )
-    ).first()
-    if found is None:
-        raise DecryptError  # an envelope that names a version which never was
-    if found.state == KeyState.DESTROYED:
-        raise KeyDestroyed(f"version {wanted} of the service key was destroyed")
-    return _FoundKey(wanted, found.wrapped, wanted == active)

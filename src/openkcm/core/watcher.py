@@ -59,31 +59,38 @@ class Listeners:
                 logger.exception("a Gateway failed to act on a %s event", event.change)
 
 
-class Watcher:
-    """A daemon thread that has the Core look for changes every ``interval`` seconds."""
+class Repeater:
+    """A daemon thread that has the Core do something over and over.
 
-    def __init__(self, core: Core, interval: float) -> None:
+    Args:
+        act: does it, and returns the seconds to wait before the next time.
+        first: the seconds to wait before the first time.
+    """
+
+    def __init__(self, core: Core, name: str, act: Callable[[Core], float], first: float) -> None:
         self._core = weakref.ref(core)
-        self._interval = interval
+        self._name = name
+        self._act = act
+        self._wait = first
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="openkcm-watcher", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        failing = False
-        while not self._stop.wait(self._interval):
+        failing, wait = False, self._wait
+        while not self._stop.wait(wait):
             core = self._core()
             if core is None:
                 return
             try:
-                core.poll()
+                wait = self._act(core)
                 failing = False
             except OpenKCMError as error:
                 if not failing:  # once for each outage, not once for each look
-                    logger.warning("the vault's store could not be watched: %s", error)
+                    logger.warning("%s: the vault's store does not answer: %s", self._name, error)
                 failing = True
             except Exception:
-                logger.exception("the watcher failed")
+                logger.exception("%s failed", self._name)
             del core
 
     def stop(self) -> None:

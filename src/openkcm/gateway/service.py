@@ -34,6 +34,7 @@ from .batches import (
     settle,
 )
 from .keystore import KeyStore
+from .leases import Leases
 from .policy import DataKeyPolicy, PoolPolicy
 from .pool import Pool, SharedKeys
 from .running import RunningStreams
@@ -59,7 +60,8 @@ class ServiceHandle:
         self._service = service
         self._policy = policy
         self._pool_policy = pool
-        self._subjects = SubjectKeys(core, store, service)
+        self._leases = Leases(core, service)
+        self._subjects = SubjectKeys(core, store, service, self._leases)
         self._inline = _cipher(Kind.INLINE, service, WRAPPED_KEY_BYTES)
         self._stored = _cipher(Kind.STORED, service, KEY_ID_BYTES)
         self._seal_one = self._inline.seal_one
@@ -336,9 +338,7 @@ class ServiceHandle:
     def _decrypt_chunk(self, blobs: list[Any], contexts: Contexts, in_place: bool) -> list[Any]:
         gathered = self._inline.gather(blobs)
         if gathered is not None and gathered[0]:
-            keys, failures = self._core.unwrap_keys(
-                self._service, WrappedKeys(Kind.INLINE, gathered[0], gathered[1])
-            )
+            keys, failures = self._leases.open(WrappedKeys(Kind.INLINE, gathered[0], gathered[1]))
             if not failures:
                 return self._open_all(self._inline, keys, None, blobs, contexts, in_place)
             keys.wipe()
@@ -349,7 +349,7 @@ class ServiceHandle:
         groups = Groups(blobs, self._service.service_id)
         for version, positions in groups.inline.items():
             packed = b"".join([groups.data_keys[at] for at in positions])
-            keys, failures = self._core.unwrap_keys(self._service, WrappedKeys(Kind.INLINE, version, packed))
+            keys, failures = self._leases.open(WrappedKeys(Kind.INLINE, version, packed))
             self._open_group(
                 self._inline, keys, failures, positions, positions, blobs, contexts, groups.outcomes
             )
@@ -464,18 +464,20 @@ class ServiceHandle:
     # ---- what the Gateway tells ----------------------------------------------------------------------
 
     def wipe(self) -> None:
-        """The tenant went dark: zero every waiting, current and streaming key, and forget the wrapped ones."""
+        """The tenant went dark: zero every waiting, current, leased and streaming key, and forget the wrapped ones."""
         self.renew()
         self._running.wipe()
         self._subjects.forget()
 
     def renew(self) -> None:
-        """The service key was rotated: new data keys go under the new one."""
+        """The service's keys or its lease changed: new data keys go under the new one, kept ones are opened anew."""
         self._pool.wipe()
         self._shared.wipe()
+        self._leases.wipe()
 
     def forget(self, ids: Sequence[bytes]) -> None:
-        """Drop cached wrapped keys of subjects that were shredded."""
+        """Drop cached wrapped keys, and leased open ones, of subjects that were shredded."""
+        self._leases.forget(frozenset(ids))
         self._subjects.forget(ids)
 
     def after_fork(self) -> None:
@@ -484,6 +486,7 @@ class ServiceHandle:
         self._shared = SharedKeys(self._pool, self._policy)
         self._running = RunningStreams(self._core, self._service)
         self._subjects.after_fork()
+        self._leases.after_fork()
 
 
 def _cipher(kind: Kind, service: Service, middle_bytes: int) -> RecordCipher:

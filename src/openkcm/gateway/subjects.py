@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Named data keys: one for each subject, kept wrapped in the key store.
 
-Invariant: a subject's key is opened by the Core for every use, so a shred that another process made is seen
-before anything is encrypted under the old key; and a key is durable in the store before a record under it is
+Invariant: to encrypt, a subject's key is opened by the Core for every use, so a shred that another process made is
+seen before anything is encrypted under the old key; and a key is durable in the store before a record under it is
 returned.
 """
 
@@ -21,6 +21,7 @@ from ..errors import DecryptError, KeyDestroyed, OpenKCMError, StoreUnavailable
 from ..keys import KeyService, Kind, Service, WrappedKeys, check_subject
 from ..limits import KEY_ID_BYTES, WRAPPED_KEY_BYTES
 from .keystore import KeyStore, StoredKey
+from .leases import Leases
 
 CACHED: Final = 65_536
 """Wrapped keys kept in memory for each service."""
@@ -48,8 +49,9 @@ class OpenGroup:
 class SubjectKeys:
     """The named data keys of one service."""
 
-    def __init__(self, core: KeyService, store: KeyStore, service: Service) -> None:
+    def __init__(self, core: KeyService, store: KeyStore, service: Service, leases: Leases) -> None:
         self._core = core
+        self._leases = leases
         self._store = store
         self._service = service
         self._lock = threading.Lock()
@@ -146,7 +148,7 @@ class SubjectKeys:
         groups = []
         for version, positions in versions.items():
             wrapped = _pack([found[ids[at]] for at in positions], version)
-            keys, failed = self._core.unwrap_keys(self._service, wrapped)
+            keys, failed = self._leases.open(wrapped)
             failures.update((positions[at], error) for at, error in failed.items())
             groups.append(OpenGroup(keys, positions))
         return groups, failures

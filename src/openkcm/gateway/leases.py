@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opened data keys that are kept for a moment, where an operator granted an open-lease.
+
+Invariant: a lease begins before its key is opened and ends ``lease`` seconds later; use does not move it. Each use asks
+the Core first whether a lease still stands, so that a tenant that went dark, a Core that is out of touch or a lease
+that was taken back ends it. A change of the tenant wipes every kept key at once, and time does where nobody comes.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Final, NamedTuple
+
+from ..clock import awake_clock
+from ..crypto import SecretKeys
+from ..errors import OpenKCMError, SecretMemoryError
+from ..keys import KeyService, Kind, Service, WrappedKeys
+
+MOST_KEPT: Final = 1024
+"""Keys kept for each service; the oldest goes first."""
+
+
+class _Place(NamedTuple):
+    """All that a wrapped key is bound to besides its service: what is kept is found by nothing less."""
+
+    kind: Kind
+    version: int
+    wrapped: bytes
+    key_id: bytes
+
+
+class _Kept(NamedTuple):
+    keys: SecretKeys
+    opened: float
+    until: float
+
+
+class Leases:
+    """The kept keys of one service."""
+
+    def __init__(self, core: KeyService, service: Service, clock: Callable[[], float] = awake_clock) -> None:
+        self._core = core
+        self._service = service
+        self._clock = clock
+        self.after_fork()
+
+    def after_fork(self) -> None:
+        """Start without keys: secret memory is not inherited, and neither is the timer's thread."""
+        self._lock = threading.Lock()
+        self._kept: dict[_Place, _Kept] = {}
+        self._epoch = 0
+        self._timer: threading.Timer | None = None
+
+    def open(self, wrapped: WrappedKeys) -> tuple[SecretKeys, Mapping[int, OpenKCMError]]:
+        """Open data keys: by a copy of the one that is kept, or by the Core. The caller wipes what this gives.
+
+        A batch of several keys is always opened by the Core: it is one call for all.
+
+        Raises:
+            as ``KeyService.unwrap_keys``.
+        """
+        if len(wrapped) > 1:
+            return self._core.unwrap_keys(self._service, wrapped)
+        epoch, asked = self._epoch, self._clock()
+        if self._kept and (copy := self._copy(_place(wrapped), asked)) is not None:
+            return copy, {}
+        keys, failures = self._core.unwrap_keys(self._service, wrapped)
+        if not failures and (granted := self._core.lease(self._service)) > 0:
+            self._keep(_place(wrapped), _Kept(keys.select([0]), asked, asked + granted), epoch)
+        return keys, failures
+
+    def _copy(self, place: _Place, now: float) -> SecretKeys | None:
+        kept = self._kept.get(place)
+        if kept is None:
+            return None
+        granted = self._core.lease(self._service)
+        if now < min(kept.until, kept.opened + granted):
+            try:
+                return kept.keys.select([0])
+            except SecretMemoryError:
+                if not kept.keys.wiped:
+                    raise
+        self._drop([place])
+        return None
+
+    def forget(self, key_ids: frozenset[bytes]) -> None:
+        """Zero the kept keys of these ids: they were shredded."""
+        self._drop([place for place in list(self._kept) if place.key_id in key_ids])
+
+    def wipe(self) -> None:
+        """Zero every kept key; what is being opened meanwhile is not kept."""
+        with self._lock:
+            self._epoch += 1
+            kept, self._kept = self._kept, {}
+            timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+        for each in kept.values():
+            each.keys.wipe()
+
+    def sweep(self) -> None:
+        """Zero what is past its time."""
+        now = self._clock()
+        self._drop([place for place, kept in list(self._kept.items()) if now >= kept.until])
+
+    # ---- inside --------------------------------------------------------------------------------------
+
+    def _keep(self, place: _Place, kept: _Kept, epoch: int) -> None:
+        oldest: list[_Place] = []
+        with self._lock:
+            wanted = epoch == self._epoch and place not in self._kept
+            if wanted:
+                self._kept[place] = kept
+                if len(self._kept) > MOST_KEPT:
+                    oldest = [next(iter(self._kept))]
+                if self._timer is None:
+                    self._start_timer(kept.until)
+        if not wanted:
+            kept.keys.wipe()
+        self._drop(oldest)
+
+    def _start_timer(self, until: float) -> None:
+        timer = threading.Timer(max(0.01, until - self._clock()), _weak_tick(self))
+        timer.daemon = True
+        timer.start()
+        self._timer = timer
+
+    def _tick(self) -> None:
+        self.sweep()
+        with self._lock:
+            self._timer = None
+            if self._kept:
+                self._start_timer(min(kept.until for kept in self._kept.values()))
+
+    def _drop(self, places: list[_Place]) -> None:
+        with self._lock:
+            gone = [kept for place in places if (kept := self._kept.pop(place, None)) is not None]
+        for kept in gone:
+            kept.keys.wipe()
+
+
+def _place(wrapped: WrappedKeys) -> _Place:
+    return _Place(wrapped.kind, wrapped.version, wrapped.wrapped, wrapped.ids)
+
+
+def _weak_tick(leases: Leases) -> Callable[[], None]:
+    """A timer's call that does not keep the leases alive."""
+    reference = weakref.ref(leases)
+
+    def tick() -> None:
+        held = reference()
+        if held is not None:
+            held._tick()
+
+    return tick
