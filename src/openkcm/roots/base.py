@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Final, Protocol, cast, runtime_checkable
 
@@ -18,8 +19,48 @@ from ..errors import RootMisconfigured
 ENTRY_POINTS: Final = "openkcm.roots"
 """Third parties add a provider as an entry point of this group: scheme -> callable(uri, *, create) -> Root."""
 
-_BUILT_IN: Final = {"local": ".local:open_local", "pkcs11": ".pkcs11:open_pkcs11"}
+_BUILT_IN: Final = {
+    "aws-kms": ".aws:open_aws",
+    "azure-kms": ".azure:open_azure",
+    "bao-transit": ".bao:open_bao",
+    "gcp-kms": ".gcp:open_gcp",
+    "local": ".local:open_local",
+    "pkcs11": ".pkcs11:open_pkcs11",
+}
 _SCHEME: Final = re.compile(r"([a-z][a-z0-9+.-]*):", re.ASCII)
+
+
+CONNECT_SECONDS: Final = 2.0
+"""How long a provider may take to accept a connection."""
+
+ANSWER_SECONDS: Final = 3.0
+"""How long a provider may take to answer one request; then it counts as unreachable."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What a customer must allow so that their root key can be used, in the provider's own form.
+
+    ``form`` names what ``text`` is ("key policy statement", "role assignment"), ``permissions`` are the single
+    permissions in the provider's words, ``identity`` is who they are given to, None where there is no such thing.
+    """
+
+    form: str
+    text: str
+    permissions: tuple[str, ...]
+    identity: str | None
+
+
+@runtime_checkable
+class Grantable(Protocol):
+    """A root that knows what its customer must allow; an ability beyond ``Root``."""
+
+    def grant(self, identity: str | None = None) -> Grant:
+        """Say what to allow, and to whom; ``identity`` in the place of the one that is found by asking.
+
+        Raises:
+            RootMisconfigured: no identity was given and none could be found.
+        """
 
 
 @runtime_checkable
@@ -27,6 +68,9 @@ class Root(Protocol):
     """A customer's root key: L1.
 
     ``uri`` holds no secret. ``development`` marks a root that must not guard real data.
+
+    A root makes one attempt a call, within ``CONNECT_SECONDS`` and ``ANSWER_SECONDS``, and is safe for threads and in
+    forked children. Retries are the Core's: an SDK's own are switched off.
     """
 
     uri: str
@@ -36,7 +80,7 @@ class Root(Protocol):
         """Encrypt ``sealed`` (72 bytes of ciphertext) and bind the context.
 
         Raises:
-            RootUnavailable, RootDisabled, RootDenied, RootDestroyed, RootMisconfigured.
+            RootUnavailable (RootThrottled), RootDisabled, RootDenied, RootDestroyed, RootMisconfigured.
         """
 
     def unwrap(self, wrapped: bytes, context: Mapping[str, str]) -> bytes:
@@ -44,7 +88,7 @@ class Root(Protocol):
 
         Raises:
             DecryptError: not this root's ciphertext, altered, or bound to another context.
-            RootUnavailable, RootDisabled, RootDenied, RootDestroyed, RootMisconfigured.
+            RootUnavailable (RootThrottled), RootDisabled, RootDenied, RootDestroyed, RootMisconfigured.
         """
 
     def warnings(self) -> list[str]:
