@@ -7,6 +7,7 @@ command unwinds it, so that unfinished files are taken away.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ..errors import OpenKCMError
-from . import crypt, demo, doctor, init, inspect, protect, service, shred, status, tenant
+from . import crypt, demo, doctor, drill, init, inspect, plan, protect, root, service, shred, status, tenant
 from .commands import JsonOption, QuietOption, ReaderGone, VaultOption, set_globals
 from .exits import ExitCode
 from .output import DEFAULT_VAULT, fail, print_error, settings, silence_stdout
@@ -37,7 +38,7 @@ _EPILOG = "Exit codes: " + " · ".join(
         (ExitCode.CONFIGURATION, "configuration"),
         (ExitCode.UNAVAILABLE, "unavailable, try again"),
         (ExitCode.SECRET_MEMORY, "secret memory"),
-        (ExitCode.UNSAFE, "unsafe (doctor)"),
+        (ExitCode.UNSAFE, "unsafe (doctor, drill)"),
         (ExitCode.IO, "input/output"),
         (ExitCode.INTERRUPTED, "interrupted"),
     )
@@ -52,7 +53,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (init, tenant, service, status, crypt, protect, shred, inspect, doctor, demo):
+for module in (
+    init,
+    tenant,
+    root,
+    service,
+    status,
+    crypt,
+    protect,
+    shred,
+    inspect,
+    plan,
+    drill,
+    doctor,
+    demo,
+):
     module.register(app)
 
 
@@ -94,6 +109,8 @@ def main() -> NoReturn:
 def run(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     settings.vault, settings.quiet = DEFAULT_VAULT, False
+    # Commands say themselves what became of a tenant.
+    logging.getLogger("openkcm.liveness").setLevel(logging.CRITICAL)
     # Known at once, for mistakes that are found before the options are read.
     settings.json = "--json" in (sys.argv if arguments is None else arguments)
     try:

@@ -35,7 +35,7 @@ class ExitCode(enum.IntEnum):
     CONFIGURATION = 10, "something here is set up wrongly"
     UNAVAILABLE = 11, "something does not answer; try again later"
     SECRET_MEMORY = 12, "no lockable memory is left"
-    UNSAFE = 13, "doctor found something unsafe"
+    UNSAFE = 13, "doctor found something unsafe, or a drill was not passed"
     IO = 14, "a file cannot be read or written"
     INTERRUPTED = 130, "stopped by Ctrl-C"
     BROKEN_PIPE = 141, "the reader of the output went away"

@@ -138,8 +138,8 @@ def plain(text: str) -> str:
     return escape(printable(text))
 
 
-def confirm(question: str, *, yes: bool) -> None:
-    """Ask before something that cannot be undone.
+def confirm(question: str, *, yes: bool, why: str = "this cannot be undone") -> None:
+    """Ask before something that cannot be undone, or that others will feel.
 
     Raises:
         InvalidInput: the answer is not yes, or there is nobody to ask.
@@ -147,7 +147,7 @@ def confirm(question: str, *, yes: bool) -> None:
     if yes:
         return
     if settings.json or not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise InvalidInput("this cannot be undone; give --yes to say that it is meant")
+        raise InvalidInput(f"{why}; give --yes to say that it is meant")
     out = console(stderr=True)
     reply = out.input(f"[bold red]{question}[/] Type [bold]yes[/] to go on: ")
     if reply.strip().lower() != "yes":

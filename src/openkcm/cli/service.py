@@ -22,6 +22,7 @@ def register(app: typer.Typer) -> None:
     command(group, "create")(create)
     command(group, "list")(list_services)
     command(group, "rotate")(rotate)
+    command(group, "lease")(lease)
     app.add_typer(group, name="service", rich_help_panel=KEYS)
 
 
@@ -75,6 +76,29 @@ def rotate(tenant: TenantArgument, service: ServiceArgument) -> None:
     )
 
 
+def lease(
+    tenant: TenantArgument,
+    service: ServiceArgument,
+    seconds: Annotated[
+        float,
+        typer.Argument(metavar="SECONDS", help="0 to 3600; 0 is strict, the default.", show_default=False),
+    ],
+) -> None:
+    """Let Gateways keep a data key open for so long after its opening."""
+    from .output import answer, plain
+    from .session import open_core
+
+    with open_core() as core:
+        core.set_lease(tenant, service, seconds)
+    name = f"[bold]{plain(tenant)} {plain(service)}[/]"
+    answer(
+        {"tenant": tenant, "service": service, "lease": seconds},
+        f"{name}: a data key is kept for {seconds:g} s after its opening, and never longer"
+        if seconds
+        else f"{name} is strict: the Core is asked for every data key",
+    )
+
+
 def service_document(service: ServiceStatus) -> dict[str, Any]:
     """A service for machines."""
     return {
@@ -82,6 +106,7 @@ def service_document(service: ServiceStatus) -> dict[str, Any]:
         "service": service.service,
         "service_id": service.service_id.hex(),
         "active_version": service.active_version,
+        "lease": service.lease,
         "created_at": service.created_at,
         "versions": [
             {"version": each.version, "state": each.state.value, "created_at": each.created_at}

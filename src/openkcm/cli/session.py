@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
 from .output import settings
@@ -39,8 +39,8 @@ def vault_path() -> str | None:
 
 
 @contextlib.contextmanager
-def open_core() -> Iterator[Core]:
-    """Open the vault.
+def open_core(**options: Any) -> Iterator[Core]:
+    """Open the vault; ``options`` are those of ``Core.open``.
 
     Raises:
         NoVault: there is none.
@@ -50,7 +50,7 @@ def open_core() -> Iterator[Core]:
         raise NoVault(f"there is no vault at {path}")
     from ..core import Core
 
-    core = Core.open(vault_url(), seal=seal_option())
+    core = Core.open(vault_url(), seal=seal_option(), **options)
     try:
         yield core
     finally:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ..core.status import ServiceStatus, TenantStatus
 
-_TENANT_STYLES: Final = {"live": "green", "grace": "yellow", "dark": "bold red"}
+STATE_STYLES: Final = {"live": "green", "grace": "yellow", "dark": "bold red"}
 _KEY_STYLES: Final = {
     "pre-active": "cyan",
     "active": "green",
@@ -50,7 +50,7 @@ def state_text(tenant: TenantStatus) -> str:
     from .output import plain
 
     state = tenant.state.value
-    text = f"[{_TENANT_STYLES[state]}]{state}[/]"
+    text = f"[{STATE_STYLES[state]}]{state}[/]"
     return f"{text} [dim]({plain(tenant.reason)})[/]" if tenant.reason else text
 
 
@@ -84,7 +84,8 @@ def _service_text(service: ServiceStatus) -> str:
     versions = ", ".join(
         f"{each.version} [{_KEY_STYLES[each.state.value]}]{each.state.value}[/]" for each in service.versions
     )
-    return f"L3 service key  [bold]{plain(service.service)}[/]  version {versions}"
+    lease = f" [dim](open-lease {service.lease:g} s)[/]" if service.lease else ""
+    return f"L3 service key  [bold]{plain(service.service)}[/]  version {versions}{lease}"
 
 
 def _document(tenant: TenantStatus) -> dict[str, Any]:

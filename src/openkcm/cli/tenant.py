@@ -24,6 +24,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(no_args_is_help=True, help="Link customers' root keys; kill, restore and unlink.")
     command(group, "link")(link)
     command(group, "list")(list_tenants)
+    command(group, "probe")(probe)
     command(group, "kill")(kill)
     command(group, "restore")(restore)
     command(group, "unlink")(unlink)
@@ -35,7 +36,10 @@ def link(
     root: Annotated[
         str,
         typer.Option(
-            "--root", metavar="URI", help="The customer's root key: pkcs11:... or local:PATH (development)."
+            "--root",
+            metavar="URI",
+            help="The customer's root key: aws-kms://, azure-kms://, gcp-kms://, bao-transit://, pkcs11: or, "
+            "for development, local:PATH.",
         ),
     ],
 ) -> None:
@@ -77,6 +81,26 @@ def list_tenants() -> None:
         {"tenants": [_document(each) for each in tenants]},
         table if tenants else "[dim]no tenants yet: openkcm tenant link NAME --root URI[/]",
     )
+
+
+def probe(tenant: TenantArgument) -> None:
+    """Ask a customer's root key now: its state, how long it took and what it said."""
+    from ..keys import TenantState
+    from .exits import ExitCode
+    from .output import answer
+    from .root import probe_document, probe_text
+    from .session import open_core
+
+    with open_core() as core:
+        found = core.probe(tenant)
+        (linked,) = core.status(tenant)
+    answer(
+        {"tenant": tenant, "root": linked.root, **probe_document(found)},
+        probe_text(tenant, found),
+        f"[dim]root[/]  {root_text(linked)}",
+    )
+    if found.state is not TenantState.LIVE:
+        raise typer.Exit(ExitCode.DISABLED if found.state is TenantState.DARK else ExitCode.UNAVAILABLE)
 
 
 def kill(

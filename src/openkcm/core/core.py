@@ -283,6 +283,11 @@ class Core:
         self._check_open()
         return tenants.probe(self._vault, check_name(tenant, "tenant"))
 
+    def last_probe(self, tenant: str) -> Probe | None:
+        """What the last probe of a tenant found; None if none of its keys was used in this process."""
+        self._check_open()
+        return self._vault.liveness.state_of(check_name(tenant, "tenant"))
+
     def root_changed(self, uri: str) -> dict[str, Probe]:
         """Ask, now, the root of every tenant that is linked to ``uri``: the push door for a provider's events.
 

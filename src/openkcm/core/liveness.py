@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from .rows import TenantRow
     from .vault import Vault
 
-logger = logging.getLogger("openkcm")
+logger = logging.getLogger("openkcm.liveness")
 
 SLACK_SECONDS: Final = 0.5
 """What a probe may be late before the keys' user asks by himself."""
@@ -68,7 +68,7 @@ class Probe:
     """What the last probe of a tenant found.
 
     ``seconds`` is how long the root took. The moments are of the Core's clock: when it was asked, when it last said
-    no, and when the keys were zeroed for it (both -inf if never).
+    no, when it first did since it last said yes, and when the keys were zeroed for that (-inf if never).
     """
 
     state: TenantState
@@ -76,6 +76,7 @@ class Probe:
     seconds: float
     asked_at: float
     refused_at: float
+    first_refused_at: float
     zeroed_at: float
 
 
@@ -87,6 +88,7 @@ class _Watched:
     reason: str = ""
     asked: float = -math.inf
     refused: float = -math.inf
+    first_refused: float = -math.inf
     zeroed: float = -math.inf
     until: float = -math.inf
     under_way: float | None = None
@@ -99,7 +101,15 @@ class _Watched:
     recording: threading.Lock = field(default_factory=threading.Lock)
 
     def found(self) -> Probe:
-        return Probe(self.state, self.reason, self.seconds, self.asked, self.refused, self.zeroed)
+        return Probe(
+            self.state,
+            self.reason,
+            self.seconds,
+            self.asked,
+            self.refused,
+            self.first_refused,
+            self.zeroed,
+        )
 
 
 class Liveness:
@@ -355,6 +365,7 @@ class Liveness:
         watched.refused = self._clock()
         watched.until = -math.inf
         if watched.state is not TenantState.DARK:
+            watched.first_refused = watched.refused
             self._change(watched, TenantState.DARK, str(error))
         else:
             watched.reason = str(error)

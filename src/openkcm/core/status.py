@@ -19,13 +19,14 @@ class ServiceKeyStatus:
 
 @dataclass(frozen=True, slots=True)
 class ServiceStatus:
-    """One service, its active version and every version there is."""
+    """One service, its active version and every version there is; ``lease`` is its open-lease in seconds, 0 if none."""
 
     tenant: str
     service: str
     service_id: bytes
     active_version: int
     versions: tuple[ServiceKeyStatus, ...]
+    lease: float
     created_at: str
 
 

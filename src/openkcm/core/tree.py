@@ -83,6 +83,7 @@ def _services(connection: sql.Connection, tenant: str | None) -> dict[str, list[
                 row.service_id,
                 row.active_version,
                 tuple(versions[row.service_id]),
+                float(row.lease),
                 row.created_at,
             )
         )

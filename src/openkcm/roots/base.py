@@ -64,6 +64,17 @@ class Grantable(Protocol):
 
 
 @runtime_checkable
+class Switchable(Protocol):
+    """A root that can play its customer: switch the key off and on again; an ability beyond ``Root``."""
+
+    def switch_off(self) -> None:
+        """Make the root refuse from now on; idempotent."""
+
+    def switch_on(self) -> None:
+        """Take ``switch_off`` back; idempotent."""
+
+
+@runtime_checkable
 class Root(Protocol):
     """A customer's root key: L1.
 

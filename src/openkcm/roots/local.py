@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
+import shlex
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Final
 from ..context import encode_context
 from ..errors import DecryptError, RootDenied, RootDisabled, RootMisconfigured, RootUnavailable
 from ..limits import KEY_BYTES, NONCE_BYTES, TAG_BYTES
+from .base import Grant
 
 _FORMAT: Final = b"\x01"
 
@@ -57,6 +60,34 @@ class LocalRoot:
         """A root in a file is for development only."""
         return [f"{self.uri} is a development root: its key lies in a file on this machine"]
 
+    def grant(self, identity: str | None = None) -> Grant:
+        """Say whose file it must be."""
+        who = identity or _user()
+        text = (
+            f"chown {shlex.quote(who)} {shlex.quote(str(self.path))}\nchmod 600 {shlex.quote(str(self.path))}"
+        )
+        return Grant("shell commands", text, ("read the file",), who)
+
+    def switch_off(self) -> None:
+        """Rename the file away: the root answers "disabled"."""
+        self._rename(self.path, self._unplugged)
+
+    def switch_on(self) -> None:
+        """Rename the file back."""
+        self._rename(self._unplugged, self.path)
+
+    @property
+    def _unplugged(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.unplugged")
+
+    def _rename(self, here: Path, there: Path) -> None:
+        if not os.path.exists(here) and os.path.exists(there):
+            return
+        try:
+            os.rename(here, there)
+        except OSError as error:
+            raise RootMisconfigured(f"the file {here} cannot be renamed: {error.strerror}") from None
+
     def close(self) -> None:
         """Nothing is held open."""
 
@@ -87,6 +118,13 @@ def open_local(uri: str, *, create: bool = False) -> LocalRoot:
     if create and not os.path.exists(place):
         _make(place)
     return LocalRoot(place)
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
 
 
 def _make(path: Path) -> None:
