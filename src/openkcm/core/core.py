@@ -41,9 +41,10 @@ POLL_SECONDS: Final = 0.25
 
 MIN_PROBE: Final = 0.1
 MAX_PROBE: Final = 3600.0
-SHORTEST_NAP: Final = 0.005
+SHORTEST_NAP: Final = 0.05
 LONGEST_NAP: Final = 0.2
-"""How often the prober looks for probes that are due; less than the slack that a probe has."""
+"""How often the prober looks for probes that are due, in seconds: seldom enough to find many at a time where there are
+many, and sooner than the slack that a probe has."""
 
 DEFAULT_URL: Final = "sqlite:///vault.db"
 

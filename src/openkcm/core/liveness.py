@@ -60,6 +60,9 @@ JITTER: Final = 0.1
 PATIENCE_SECONDS: Final = 6.0
 """How long a probe under way is waited for, more than any provider may take; then the root counts as silent."""
 
+RELIEF_SECONDS: Final = 0.05
+"""How soon more threads are set to roots that turn out not to be quick."""
+
 MAX_GRACE: Final = 3600.0
 
 
@@ -261,22 +264,30 @@ class Liveness:
 
         for row in rows:
             self._lane(self._watched.get(row.tenant)).submit(partial(ask, row))
-        end = self._clock() + seconds
-        for _ in rows:
-            if not left.acquire(timeout=max(0.0, end - self._clock())):
-                break
+        end, answers = self._clock() + seconds, 0
+        while answers < len(rows) and self._clock() < end:
+            self._quick.relieve()
+            self._suspect.relieve()
+            answers += left.acquire(timeout=RELIEF_SECONDS)
         return dict(found)
 
     def run_due(self, *, run: Callable[[Callable[[], None]], None] | None = None) -> float:
         """Start the probes that are due; returns the seconds until the next one."""
+        # What was left over since the last time; what comes now has a thread of its own to begin with.
+        waits = self._quick.relieve() | self._suspect.relieve()
+        due: dict[Lane, list[Callable[[], None]]] = {self._quick: [], self._suspect: []}
         for watched in self._turns.take(self._is_watched):
             self._late(watched)
             if watched.under_way is None and not watched.queued:
                 watched.queued = True
-                submit = run or self._lane(watched).submit
-                submit(partial(self._take_turn, watched))
-        self._quick.relieve()
-        return self._turns.wait()
+                due[self._lane(watched)].append(partial(self._take_turn, watched))
+        for lane, calls in due.items():
+            if run is None:
+                lane.submit(*calls)
+            else:
+                for call in calls:
+                    run(call)
+        return 0.0 if waits or any(due.values()) else self._turns.wait()
 
     def _is_watched(self, watched: _Watched) -> bool:
         return self._watched.get(watched.row.tenant) is watched

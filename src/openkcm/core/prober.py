@@ -45,26 +45,35 @@ class Lane:
         self._alive = 0
         self._closed = False
 
-    def submit(self, call: Callable[[], None]) -> None:
-        """Queue a call; dropped if the lane is closed."""
-        with self._ready:
-            if self._closed:
-                return
-            self._calls.append(call)
-            if self._idle >= len(self._calls):
-                self._ready.notify()
-            elif self._may_grow():
-                self._alive += 1
-                threading.Thread(target=self._work, name=self._name, daemon=True).start()
+    def submit(self, *calls: Callable[[], None]) -> None:
+        """Queue calls, for one thread to begin with; dropped if the lane is closed.
 
-    def relieve(self) -> None:
-        """Start more threads for what waits behind slow calls."""
+        A thread takes what waits, one after the other: where roots are quick, one thread makes many calls, which costs
+        a fraction of waking a thread for each. Where they are not, ``relieve`` sets more threads to it.
+        """
         with self._ready:
-            wanted = len(self._calls)
-            while wanted > 0 and not self._closed and self._may_grow():
-                self._alive += 1
-                wanted -= 1
-                threading.Thread(target=self._work, name=self._name, daemon=True).start()
+            if self._closed or not calls:
+                return
+            idle = not self._calls
+            self._calls.extend(calls)
+            if idle:
+                self._stir(1)
+
+    def relieve(self) -> bool:
+        """Set more threads to what still waits; to be called every few hundredths of a second while it returns True."""
+        with self._ready:
+            if self._calls and not self._closed:
+                self._stir(len(self._calls))
+            return bool(self._calls)
+
+    def _stir(self, wanted: int) -> None:
+        """Wake idle threads, or start new ones, for so many calls."""
+        self._ready.notify(wanted)
+        for _ in range(wanted - self._idle):
+            if not self._may_grow():
+                break
+            self._alive += 1
+            threading.Thread(target=self._work, name=self._name, daemon=True).start()
 
     def close(self) -> None:
         """Make no more calls."""
@@ -82,6 +91,7 @@ class Lane:
         return self._alive - sum(started < late for started in self._started.values()) < self._threads
 
     def _next(self) -> Callable[[], None] | None:
+        """The next call; None to end the thread, if there is none for long or the lane is closed."""
         with self._ready:
             if not self._calls and not self._closed:
                 self._idle += 1
