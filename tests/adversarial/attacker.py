@@ -8,6 +8,7 @@ customer and the operator together have: the root, the seal file and the store.
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -52,7 +53,7 @@ def fields(*parts: bytes) -> bytes:
     return b"".join(len(part).to_bytes(2, "big") + part for part in parts)
 
 
-def context(**pairs: str) -> bytes:
+def encoded(**pairs: str) -> bytes:
     """The canonical encoding of a mapping."""
     out = b"\x02"
     for name, value in sorted((name.encode(), value.encode()) for name, value in pairs.items()):
@@ -90,8 +91,16 @@ class Secrets:
         return opened[32:]
 
 
-def read_vault(folder: Path) -> Secrets:
-    """Open a vault of ``local:`` roots from its files."""
+def unwrap_local(uri: str, wrapped: bytes, context: dict[str, str]) -> bytes:
+    """What a ``local:`` root does."""
+    root = Path(uri.removeprefix("local:")).read_bytes()
+    return AESGCM(root).decrypt(wrapped[1:13], wrapped[13:], encoded(**context))
+
+
+def read_vault(
+    folder: Path, unwrap_root: Callable[[str, bytes, dict[str, str]], bytes] = unwrap_local
+) -> Secrets:
+    """Open a vault from its files; ``unwrap_root`` is what its roots do."""
     connection = sqlite3.connect(f"{(folder / 'vault.db').as_uri()}?mode=ro", uri=True)
     seal = (folder / "vault.seal").read_bytes()
     tenant_keys, service_keys, tenants = {}, {}, {}
@@ -100,9 +109,8 @@ def read_vault(folder: Path) -> Secrets:
         "WHERE k.state = 'active'"
     ).fetchall()
     for tenant, version, wrapped, uri in rows:
-        root = Path(uri.removeprefix("local:")).read_bytes()
-        bound = context(layer="L2", tenant=tenant, region="local", version=str(version))
-        sealed = AESGCM(root).decrypt(wrapped[1:13], wrapped[13:], bound)
+        bound = {"layer": "L2", "tenant": tenant, "region": "local", "version": str(version)}
+        sealed = unwrap_root(uri, wrapped, bound)
         aad = fields(b"openkcm/v1/L2", tenant.encode(), b"local", b"", version.to_bytes(4, "big"), b"", b"")
         tenant_keys[tenant] = unwrap(seal, sealed, aad)
     for service_id, version, tenant, wrapped in connection.execute(
