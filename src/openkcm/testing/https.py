@@ -7,10 +7,12 @@ that goes away with it.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import ipaddress
 import json
 import shutil
+import socket
 import ssl
 import tempfile
 import threading
@@ -83,9 +85,10 @@ class Server:
         return f"http{'s' if self.authority else ''}://127.0.0.1:{self.port}"
 
     def close(self) -> None:
-        """Stop listening; requests that are held end with their connection."""
+        """Stop listening, and cut every connection: to a client this is an outage, also on one it kept."""
         self._server.shutdown()
         self._server.server_close()
+        self._server.cut()
         self._thread.join(timeout=10)
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -95,6 +98,7 @@ class Server:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
             timeout = 60
+            disable_nagle_algorithm = True  # headers and body leave in two packets; the second must not wait
 
             def _serve(self) -> None:
                 size = int(self.headers.get("Content-Length") or 0)
@@ -133,6 +137,31 @@ class _Listener(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
     request_queue_size = 128
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._lock = threading.Lock()
+        self._connections: set[socket.socket] = set()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Remember the connection as long as it is served."""
+        with self._lock:
+            self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Forget it."""
+        with self._lock:
+            self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def cut(self) -> None:
+        """End every connection that is open."""
+        with self._lock:
+            connections = list(self._connections)
+        for connection in connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away, or does not trust us, is its own business."""
