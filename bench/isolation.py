@@ -2,8 +2,8 @@
 """Whether one customer's outage is felt by another: latency of tenant B's decrypts while tenant A is unplugged.
 
 Run ``python bench/isolation.py [SECONDS]`` (20 by default, for each phase). Both tenants decrypt 500 single records a
-second in threads of one process. Phases with A well and with A in trouble take turns, so that drift of the machine falls
-on both alike. A is refused ("disabled") in one comparison, and black-holed in the other: its root never answers, its
+second in threads of one process. Phases with A well and with A in trouble take turns, so that drift of the machine
+falls on both alike. A is refused ("disabled") in one comparison, and black-holed in the other: its root never answers, its
 grace is over and its users come all the same.
 """
 
