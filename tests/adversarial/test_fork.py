@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from attacker import read_vault
 
 import openkcm
@@ -130,6 +131,10 @@ def test_a_child_cannot_read_the_parents_secret_memory() -> None:
         assert os.WIFSIGNALED(status)
         assert os.WTERMSIG(status) == signal.SIGSEGV
     assert crypto.wrap_many(crypto.generate_wrapping_key(), keys, b"")
+    if not spans:
+        pytest.skip(
+            "not checked by address: this kernel has no memfd_secret, so the mappings are not told apart"
+        )
 
 
 def test_no_descriptor_of_secret_memory_stays_open() -> None:

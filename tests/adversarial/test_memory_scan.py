@@ -20,7 +20,7 @@ import openkcm
 from support import ON_FAST, environment, make_vault, url
 
 LOAD = """
-import os, resource, sys, threading
+import os, resource, sys, threading, traceback
 resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)
 os.chdir(sys.argv[2])
 import openkcm
@@ -40,11 +40,15 @@ def work(handle):
             handle.decrypt(handle.encrypt(b"one", subject=f"s{number % 20}"))
             handle.encrypt(b"pooled")
             if number % 5 == 0:
-                core.rewrap_keys(handle._service, core.wrap_keys(handle._service, openkcm.crypto.generate_keys(5), 1))
+                keys = openkcm.crypto.generate_keys(5)
+                core.rewrap_keys(handle._service, core.wrap_keys(handle._service, keys, openkcm.Kind.INLINE))
             if number % 7 == 0 and handle is handles[1]:
                 core._vault.ring.drop("globex")        # so that keys are opened again and again under load
         except openkcm.TenantDark:
             dark.wait(0.01)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(3)                                    # a scan of an idle process would prove nothing
 
 threads = [threading.Thread(target=work, args=(handle,), daemon=True) for handle in handles]
 for thread in threads:
@@ -81,6 +85,12 @@ def loaded(folder: Path) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
+def cpu_seconds(pid: int) -> float:
+    """How long a process has computed."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 def test_nothing_is_found_in_a_core_under_load(tmp_path: Path) -> None:
     with loaded(tmp_path) as process:
         secrets = read_vault(tmp_path)
@@ -91,6 +101,8 @@ def test_nothing_is_found_in_a_core_under_load(tmp_path: Path) -> None:
             found, total = scan_process(process.pid, patterns)
             hits += found
             assert total > 20 * 2**20
+        assert process.poll() is None, "the load ended by itself"
+        assert cpu_seconds(process.pid) > 1, "the process was idle"
         # The scanner sees what is there to be seen.
         assert scan_process(process.pid, Patterns([PLANTED]))[0] > 0
         if ON_FAST:
@@ -124,6 +136,7 @@ def test_nothing_is_found_in_a_core_dump(tmp_path: Path) -> None:
         )
     with loaded(tmp_path) as process:
         secrets = read_vault(tmp_path)
+        assert process.poll() is None, "the load ended by itself"
         os.kill(process.pid, signal.SIGABRT)
         process.wait(60)
         dumps = [path for path in tmp_path.iterdir() if path.name.startswith("core")]

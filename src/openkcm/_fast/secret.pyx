@@ -184,7 +184,7 @@ cdef int expand(WrappingKey key, uint8_t *data) except -1:
         raise internal_error()("an AES block could not be computed")
     top = mask[0] >> 7
     for at in range(15, -1, -1):
-        carry, mask[at] = mask[at] >> 7, <uint8_t>((mask[at] << 1) | carry)
+        carry, mask[at] = <uint8_t>(mask[at] >> 7), <uint8_t>((mask[at] << 1) | carry)
     # Without a branch: the condition is a bit derived from the key.
     mask[15] = <uint8_t>(mask[15] ^ (0x87 & (0 - top)))
     return 0

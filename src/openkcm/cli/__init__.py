@@ -6,11 +6,14 @@ Invariant: importing this package costs nothing; ``main`` is the console script 
 
 from __future__ import annotations
 
+import sys
 from typing import NoReturn
 
 
 def main() -> NoReturn:
     """Run the command line and exit."""
-    from .app import main as run
-
+    try:
+        from .app import main as run
+    except KeyboardInterrupt:  # while modules are read
+        sys.exit(130)
     run()

@@ -103,7 +103,10 @@ def options(
 def main() -> NoReturn:
     """Run the command line and exit."""
     signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(int(run()))
+    code = int(run())
+    # What was done is done and said; an interrupt while the interpreter shuts down must not deny it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)
 
 
 def run(arguments: list[str] | None = None) -> int:

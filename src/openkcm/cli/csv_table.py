@@ -346,6 +346,7 @@ class CsvTable:
             counts.written += len(data)
             self._progress(table.read)
         counts.read = table.read
+        counts.columns = self._columns.protected
         return counts
 
     def _find_protected(self, block: Block, table: CsvSource) -> None:

@@ -23,6 +23,7 @@ from ..errors import InvalidInput
 STANDARD: Final = "-"
 PRIVATE_MODE: Final = 0o600
 BUFFER_BYTES: Final = 1024 * 1024
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class TargetExists(FileExistsError):
@@ -73,10 +74,15 @@ def writing(name: str, *, force: bool = False, like: str | None = None) -> Itera
         with open(target, "wb") as stream:
             yield stream
         return
-    with _draft(target) as draft:
-        _take_mode(draft.stream.fileno(), like, target)
-        yield draft.stream
-        draft.publish(target, replace=force)
+    try:
+        with _draft(target) as draft:
+            _take_mode(draft.stream.fileno(), like, target)
+            yield draft.stream
+            draft.publish(target, replace=force)
+    except OSError as error:
+        if error.errno in _FULL and error.filename is None:
+            error.filename = str(target)  # a failed write names no file
+        raise
 
 
 class _Draft:

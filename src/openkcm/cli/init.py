@@ -26,10 +26,10 @@ def init(
     from ..core import Core
     from ..errors import AlreadyExists
     from .output import answer, plain
-    from .session import seal_option, vault_path, vault_url
+    from .session import holds_vault, seal_option, vault_path, vault_url
 
     path = vault_path()
-    if path is not None and os.path.lexists(path):
+    if path is not None and os.path.lexists(path) and (holds_vault(path) or not os.path.isfile(path)):
         raise AlreadyExists(f"there is a vault at {path} already; nothing was changed")
     with Core.open(vault_url(), seal=seal_option(), region=region) as core:
         seal = str(core.seal_path)

@@ -108,14 +108,14 @@ def _text_finding(text: bytes, name: str) -> Finding:
 
 def _binary_finding(head: bytes, total: int, written_as: str = "binary") -> Finding:
     from ..envelope import parse
-    from ..limits import COMMITMENT_BYTES, SEGMENT_BYTES, TAG_BYTES
+    from ..limits import COMMITMENT_BYTES, TAG_BYTES
 
     envelope = parse(head)
     overhead = len(envelope.header)
     if envelope.kind.stream:
-        # The first segment holds the commitment too, and every segment ends with a tag.
-        segments = max(1, -(-(total - overhead - COMMITMENT_BYTES) // (SEGMENT_BYTES + TAG_BYTES)))
-        size = total - overhead - COMMITMENT_BYTES - TAG_BYTES * segments
+        from ..gateway.streams import stream_shape
+
+        segments, size = stream_shape(total - overhead)
     else:
         segments, size = None, total - overhead - COMMITMENT_BYTES - TAG_BYTES
     if size < 0:

@@ -264,6 +264,7 @@ class NdjsonTable:
         if counts.rows and self._finder.missing:
             # A misspelt name must not leave a file in clear: the whole copy is refused.
             raise missing_column(min(self._finder.missing), self._finder.names)
+        counts.columns = self._columns.protected
         return counts
 
     def _find_protected(self, raw: list[bytes], number: int) -> None:

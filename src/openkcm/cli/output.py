@@ -52,12 +52,6 @@ def _print(out: Console, renderables: tuple[RenderableType, ...]) -> None:
         out.print(renderable, soft_wrap=isinstance(renderable, str))
 
 
-def show(*renderables: RenderableType) -> None:
-    """Print a result for people; with ``--json`` or ``--quiet``, nothing."""
-    if not settings.json and not settings.quiet:
-        _print(console(), renderables)
-
-
 def note(text: str) -> None:
     """Print a remark (Rich markup) to standard error, unless ``--quiet`` or ``--json``."""
     if not settings.json and not settings.quiet:

@@ -214,7 +214,7 @@ class _Job:
             "written": counts.written,
             "seconds": round(seconds, 3),
         }
-        names = ", ".join(self.columns.protected)
+        names = ", ".join(counts.columns)
         text = (
             f"{self.verb}ed [bold]{counts.values:,}[/] values ({plain(names)}) in {counts.rows:,} rows, "
             f"{size_text(counts.read)} in {seconds_text(seconds)}"

@@ -38,6 +38,11 @@ def vault_path() -> str | None:
     return url.removeprefix("sqlite:///") if url.startswith("sqlite:///") else None
 
 
+def holds_vault(path: str) -> bool:
+    """Whether a vault is at a path; an empty file is none, and only ``init`` may make one of it."""
+    return any(os.path.exists(name) and os.path.getsize(name) for name in (path, f"{path}-wal"))
+
+
 @contextlib.contextmanager
 def open_core(**options: Any) -> Iterator[Core]:
     """Open the vault; ``options`` are those of ``Core.open``.
@@ -46,7 +51,7 @@ def open_core(**options: Any) -> Iterator[Core]:
         NoVault: there is none.
     """
     path = vault_path()
-    if path is not None and not os.path.exists(path):
+    if path is not None and not holds_vault(path):
         raise NoVault(f"there is no vault at {path}")
     from ..core import Core
 

@@ -117,6 +117,8 @@ class Counts:
     shredded: int = 0
     read: int = 0
     written: int = 0
+    columns: tuple[str, ...] = ()
+    """Those that were worked on, also where none were named."""
 
 
 def at(error: OpenKCMError, line: int, column: str | None = None) -> OpenKCMError:

@@ -145,11 +145,6 @@ class Core:
         return self._vault.seal_path
 
     @property
-    def seal_source(self) -> str:
-        """Where the seal key comes from, in words for an operator."""
-        return f"file {self._vault.seal_path}"
-
-    @property
     def default_key_store(self) -> Path:
         """Where an embedded Gateway keeps its named data keys."""
         return default_key_store(self._vault.store.path)

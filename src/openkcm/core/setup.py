@@ -12,7 +12,7 @@ import os
 import sqlalchemy as sql
 
 from ..crypto import WrappingKey, generate_wrapping_key, random_bytes, wrap_key
-from ..errors import AlreadyExists, ConfigurationError, SealError, StoreUnavailable
+from ..errors import ConfigurationError, SealError, StoreUnavailable
 from . import audit, schema
 from .seal import make_seal, sync_folder
 from .vault import Vault, check_seal
@@ -66,12 +66,6 @@ def open_existing(vault: Vault, region: str | None, at: str) -> str:
     return str(found.region)
 
 
-def refuse_existing(vault: Vault) -> None:
-    """Raise AlreadyExists if a vault is there."""
-    if vault.store.exists():
-        raise AlreadyExists(f"a vault is there already: {vault.store.path}")
-
-
 def _seal_check(seal: WrappingKey, vault_id: bytes) -> bytes:
     """A throw-away key under the seal key: who opens it has the right seal key."""
     probe = generate_wrapping_key()
@@ -84,7 +78,9 @@ def _seal_check(seal: WrappingKey, vault_id: bytes) -> bytes:
 def _touch_private(vault: Vault) -> None:
     """Make the database file, durably, readable by its owner alone; SQLite gives its WAL the same mode."""
     try:
-        os.close(os.open(vault.store.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        descriptor = os.open(vault.store.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        os.fchmod(descriptor, 0o600)  # an empty file may have been there
+        os.close(descriptor)
         sync_folder(vault.store.path.parent)
     except OSError as error:
         raise StoreUnavailable(

@@ -139,6 +139,7 @@ def unlink(vault: Vault, tenant: str, at: str) -> None:
     """Delete every wrapped key of the tenant; SQLite overwrites what it deletes."""
     with vault.store.read() as connection:
         linked_region(connection, tenant)
+    killed = vault.dark_here(tenant)  # a kill that could not be recorded stands, whatever becomes of this
     vault.go_dark(tenant, killed="being unlinked")
     try:
         with vault.store.write() as connection:
@@ -147,7 +148,10 @@ def unlink(vault: Vault, tenant: str, at: str) -> None:
             change_tenant(connection, tenant, at, state=UNLINKED, reason="unlinked")
             audit.append(connection, at, "unlink", tenant)
     except BaseException:
-        vault.go_live(tenant)  # unlike a kill, an unlink that failed was none
+        if killed is None:
+            vault.go_live(tenant)  # unlike a kill, an unlink that failed was none
+        else:
+            vault.go_dark(tenant, killed=killed)
         raise
     vault.settle_dark(tenant)
     vault.store.checkpoint()
@@ -244,6 +248,10 @@ def replace_root(vault: Vault, tenant: str, root_uri: str, at: str) -> None:
 def check_root(uri: object) -> str:
     if not isinstance(uri, str):
         raise InvalidInput(f"a root is a URI in text, not {type(uri).__name__}")
+    try:
+        uri.encode()
+    except UnicodeEncodeError:
+        raise InvalidInput("a root's URI must be text that UTF-8 can carry") from None
     if len(uri) > MAX_ROOT_URI:
         raise LimitExceeded(f"a root URI takes at most {MAX_ROOT_URI} characters, not {len(uri)}")
     return uri

@@ -56,7 +56,11 @@ def encode_contexts(context: Context, contexts: Sequence[Context] | None, count:
     encoded: list[bytes] = []
     for start, stop in _runs(each):
         one = each[start]
-        found = known.get(id(one)) or known.setdefault(id(one), encode_context(one))
+        try:
+            found = known.get(id(one)) or known.setdefault(id(one), encode_context(one))
+        except OpenKCMError as error:
+            error.index = start
+            raise
         encoded += [found] * (stop - start)
     return encoded
 

@@ -123,15 +123,15 @@ class SharedKeys:
         self._epoch = 0
         self._current: CurrentKey | None = None
 
-    def reserve(self, sizes: list[int] | None, count: int) -> tuple[CurrentKey, int]:
-        """Reserve a key for as many of the next ``count`` records as the policy allows, at least one.
+    def reserve(self, sizes: list[int] | None, start: int, count: int) -> tuple[CurrentKey, int]:
+        """Reserve a key for as many of the ``count`` records from ``start`` on as the policy allows, at least one.
 
         Args:
-            sizes: of each record, in bytes; None if the policy does not count bytes.
+            sizes: of each record of the batch, in bytes; None if the policy does not count bytes.
         """
         with self._lock:
             current = self._current
-            if current is None or not current.fits(sizes[0] if sizes else 0):
+            if current is None or not current.fits(sizes[start] if sizes else 0):
                 epoch = self._epoch
                 current = self._current = self._make()
                 # A wipe that came between the making and the assignment has to be done over.
@@ -140,9 +140,9 @@ class SharedKeys:
             if sizes is None:
                 taken = min(count, current.records)
             else:
-                taken, room = 1, current.bytes - sizes[0]
-                while taken < min(count, current.records) and sizes[taken] <= room:
-                    room -= sizes[taken]
+                taken, room = 1, current.bytes - sizes[start]
+                while taken < min(count, current.records) and sizes[start + taken] <= room:
+                    room -= sizes[start + taken]
                     taken += 1
                 current.bytes = room
             current.records -= taken

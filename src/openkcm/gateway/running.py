@@ -37,6 +37,11 @@ class RunningStreams:
         self._epoch = 0
         self._streams: weakref.WeakSet[_Running] = weakref.WeakSet()
 
+    @property
+    def epoch(self) -> int:
+        """A number that grows when every stream is stopped."""
+        return self._epoch
+
     def encrypt(
         self,
         kind: Kind,
@@ -44,11 +49,14 @@ class RunningStreams:
         version: int,
         data_key: bytes,
         context: bytes,
+        epoch: int,
         source: Reader,
         target: Writer,
     ) -> int:
-        """Write header and segments; ``keys`` holds the one data key and is wiped."""
-        epoch = self._epoch
+        """Write header and segments; ``keys`` holds the one data key and is wiped.
+
+        ``epoch`` was taken before the key was wrapped, so that a kill since then is not missed.
+        """
         with self._run(keys, self._aad(kind, data_key, context), None, epoch) as cipher:
             header = fixed_header(kind, self._service.service_id, version) + data_key + cipher.nonce
             return write_fully(target, header) + seal_segments(cipher, source, target)

@@ -7,16 +7,15 @@ Invariant: it only opens envelopes of its own service, and every way that one ca
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from time import monotonic
 from typing import Any
 
 from ..context import ABSENT, Buffer, Context, encode_context
-from ..crypto import RecordCipher, SecretKeys, generate_keys
+from ..crypto import RecordCipher, generate_keys
 from ..envelope import VERSION_OFFSET, fixed_header, payload_aad
-from ..errors import DecryptError, InvalidInput, OpenKCMError, SecretMemoryError
-from ..keys import KeyService, Kind, Service, WrappedKeys
+from ..errors import InvalidInput, LimitExceeded, OpenKCMError, SecretMemoryError
+from ..keys import KeyService, Kind, Service, WrappedKeys, check_subject
 from ..limits import KEY_ID_BYTES, WRAPPED_KEY_BYTES
 from .batches import (
     Contexts,
@@ -29,12 +28,12 @@ from .batches import (
     encode_contexts,
     index_of,
     part_of,
-    pick,
     place_failures,
     settle,
 )
 from .keystore import KeyStore
 from .leases import Leases
+from .opener import Opener
 from .policy import DataKeyPolicy, PoolPolicy
 from .pool import Pool, SharedKeys
 from .running import RunningStreams
@@ -64,6 +63,7 @@ class ServiceHandle:
         self._subjects = SubjectKeys(core, store, service, self._leases)
         self._inline = _cipher(Kind.INLINE, service, WRAPPED_KEY_BYTES)
         self._stored = _cipher(Kind.STORED, service, KEY_ID_BYTES)
+        self._opener = Opener(service, self._leases, self._subjects, self._inline, self._stored)
         self._seal_one = self._inline.seal_one
         self._single_use = policy.records == 1
         self.after_fork()
@@ -162,14 +162,14 @@ class ServiceHandle:
         """
         in_place = check_errors(errors)
         items = as_list(records)
-        encoded = encode_contexts(context, contexts, len(items))
+        each = None if contexts is None else as_list(contexts)
         names = _subjects(subject, subjects, len(items))
         try:
-            return self._encrypt_all(items, encoded, names)
+            return self._encrypt_all(items, encode_contexts(context, each, len(items)), names)
         except OpenKCMError as error:
             if not in_place or error.index is None:
                 raise
-            return self._encrypt_each(items, encoded, names)
+            return self._encrypt_each(items, context, each, names)
 
     def decrypt_many(
         self,
@@ -195,7 +195,7 @@ class ServiceHandle:
         for start, stop in chunks(items):
             part = items if stop - start == len(items) else items[start:stop]
             try:
-                results += self._decrypt_chunk(part, part_of(encoded, start, stop), in_place)
+                results += self._opener.open(part, part_of(encoded, start, stop), in_place)
             except OpenKCMError as error:
                 if error.index is not None:
                     error.index += start
@@ -237,16 +237,16 @@ class ServiceHandle:
         self, source: Reader, target: Writer, *, context: Context = None, subject: str | None = None
     ) -> int:
         """Encrypt a binary file object of any size into another, in constant memory; returns the bytes written."""
-        encoded = encode_context(context)
+        encoded, epoch = encode_context(context), self._running.epoch
         if subject is not None:
             opened = self._subjects.open([subject])
             return self._running.encrypt(
-                Kind.STORED_STREAM, opened.keys, 0, opened.ids, encoded, source, target
+                Kind.STORED_STREAM, opened.keys, 0, opened.ids, encoded, epoch, source, target
             )
         keys = generate_keys(1)
         wrapped = self._core.wrap_keys(self._service, keys, Kind.INLINE_STREAM)
         return self._running.encrypt(
-            Kind.INLINE_STREAM, keys, wrapped.version, wrapped.wrapped, encoded, source, target
+            Kind.INLINE_STREAM, keys, wrapped.version, wrapped.wrapped, encoded, epoch, source, target
         )
 
     def decrypt_stream(self, source: Reader, target: Writer, *, context: Context = None) -> int:
@@ -295,7 +295,11 @@ class ServiceHandle:
     def _seal_stored(self, part: list[Any], contexts: Contexts, names: list[str]) -> list[bytes]:
         """The data key of each record's subject."""
         distinct, index = index_of(names)
-        opened = self._subjects.open(distinct)
+        try:
+            opened = self._subjects.open(distinct)
+        except (InvalidInput, LimitExceeded) as error:
+            error.index = _first_bad_subject(names) if len(names) == len(part) else None
+            raise
         sealed = self._stored.seal_many(opened.keys, index, 0, opened.ids, contexts, part)
         opened.keys.wipe()
         return sealed
@@ -306,7 +310,7 @@ class ServiceHandle:
         sizes = None if self._policy.bytes is None else [_length(item) for item in items]
         while len(results) < len(items):
             start = len(results)
-            key, taken = self._shared.reserve(sizes[start:] if sizes else None, len(items) - start)
+            key, taken = self._shared.reserve(sizes, start, len(items) - start)
             part = items if taken == len(items) else items[start : start + taken]
             encoded = part_of(contexts, start, start + taken)
             try:
@@ -320,119 +324,20 @@ class ServiceHandle:
                 raise
         return results
 
-    def _encrypt_each(self, items: list[Any], contexts: Contexts, names: list[str] | None) -> list[Any]:
+    def _encrypt_each(
+        self, items: list[Any], context: Context, contexts: list[Context] | None, names: list[str] | None
+    ) -> list[Any]:
         """Find the records that cannot be encrypted and encrypt the others."""
         results: list[Any] = []
         for at, item in enumerate(items):
             try:
                 some = names if names is None or len(names) == 1 else names[at : at + 1]
-                results += self._encrypt_all([item], part_of(contexts, at, at + 1), some)
+                one = encode_contexts(context, None if contexts is None else contexts[at : at + 1], 1)
+                results += self._encrypt_all([item], one, some)
             except OpenKCMError as error:
                 if error.index is None:
                     raise
                 results.append(at_index(error, at))
-        return results
-
-    # ---- decrypting, inside --------------------------------------------------------------------------
-
-    def _decrypt_chunk(self, blobs: list[Any], contexts: Contexts, in_place: bool) -> list[Any]:
-        gathered = self._inline.gather(blobs)
-        if gathered is not None and gathered[0]:
-            keys, failures = self._leases.open(WrappedKeys(Kind.INLINE, gathered[0], gathered[1]))
-            if not failures:
-                return self._open_all(self._inline, keys, None, blobs, contexts, in_place)
-            keys.wipe()
-        elif gathered is None and (gathered := self._stored.gather(blobs)) is not None and not gathered[0]:
-            records = self._decrypt_stored(gathered[1], blobs, contexts, in_place)
-            if records is not None:
-                return records
-        groups = Groups(blobs, self._service.service_id)
-        for version, positions in groups.inline.items():
-            packed = b"".join([groups.data_keys[at] for at in positions])
-            keys, failures = self._leases.open(WrappedKeys(Kind.INLINE, version, packed))
-            self._open_group(
-                self._inline, keys, failures, positions, positions, blobs, contexts, groups.outcomes
-            )
-        if groups.stored:
-            self._open_stored(groups, blobs, contexts)
-        return settle(groups.outcomes, in_place)
-
-    def _decrypt_stored(
-        self, packed: bytes, blobs: list[Any], contexts: Contexts, in_place: bool
-    ) -> list[Any] | None:
-        """Envelopes of subjects only, whose keys all open and have one version; None if it is not that simple."""
-        ids, index = index_of([packed[at : at + KEY_ID_BYTES] for at in range(0, len(packed), KEY_ID_BYTES)])
-        opened, failures = self._subjects.open_ids(ids)
-        if failures or len(opened) != 1:
-            return None
-        return self._open_all(self._stored, opened[0].keys, index, blobs, contexts, in_place)
-
-    def _open_stored(self, groups: Groups, blobs: list[Any], contexts: Contexts) -> None:
-        distinct, index = index_of([groups.data_keys[at] for at in groups.stored])
-        places: list[list[int]] = [[] for _ in distinct]
-        for local, at in enumerate(groups.stored):
-            places[index[local] if index is not None else (local if len(distinct) > 1 else 0)].append(at)
-        opened, failures = self._subjects.open_ids(distinct)
-        for place, error in failures.items():
-            for at in places[place]:
-                groups.outcomes[at] = at_index(error, at)
-        for group in opened:
-            positions = [at for place in group.positions if place not in failures for at in places[place]]
-            owners = [
-                local
-                for local, place in enumerate(group.positions)
-                if place not in failures
-                for _ in places[place]
-            ]
-            self._open_group(
-                self._stored, group.keys, {}, owners, positions, blobs, contexts, groups.outcomes
-            )
-
-    def _open_group(
-        self,
-        cipher: RecordCipher,
-        keys: SecretKeys,
-        failures: Mapping[int, OpenKCMError],
-        owners: list[int],
-        positions: list[int],
-        blobs: list[Any],
-        contexts: Contexts,
-        outcomes: list[Any],
-    ) -> None:
-        """Open the envelopes at ``positions``; the key of each is at ``owners``, or in the same order."""
-        left = place_failures(outcomes, positions, failures)
-        if owners is positions:
-            owners = list(range(len(positions)))
-        if left:
-            index = array("I", [owners[at] for at in left])
-            places = [positions[at] for at in left]
-            opened, failed = cipher.open_many(
-                keys, index, pick(contexts, places), [blobs[at] for at in places], True
-            )
-            for at, record in zip(places, opened, strict=True):
-                outcomes[at] = record
-            for at in failed:
-                outcomes[places[at]] = DecryptError(index=places[at])
-        keys.wipe()
-
-    def _open_all(
-        self,
-        cipher: RecordCipher,
-        keys: SecretKeys,
-        index: Any,
-        blobs: list[Any],
-        contexts: Contexts,
-        in_place: bool,
-    ) -> list[Any]:
-        records, failed = cipher.open_many(keys, index, contexts, blobs, in_place)
-        keys.wipe()
-        if not failed:
-            return records
-        if not in_place:
-            raise DecryptError(index=failed[0])
-        results: list[Any] = records
-        for at in failed:
-            results[at] = DecryptError(index=at)
         return results
 
     # ---- rewrapping, inside --------------------------------------------------------------------------
@@ -503,6 +408,15 @@ def _subjects(subject: str | None, subjects: Sequence[str] | None, count: int) -
     if len(names) != count:
         raise InvalidInput(f"there are {count} records and {len(names)} subjects")
     return names
+
+
+def _first_bad_subject(names: list[str]) -> int | None:
+    for at, name in enumerate(names):
+        try:
+            check_subject(name)
+        except OpenKCMError:
+            return at
+    return None
 
 
 def _length(item: Any) -> int:
