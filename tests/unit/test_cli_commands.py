@@ -13,6 +13,7 @@ import pytest
 
 from openkcm.cli.app import run
 from openkcm.cli.exits import ExitCode
+from support import run_python
 
 Call = Callable[..., Any]
 FLIGHTS = b"carrier,tailnum,flight\nUA,N1,10\nUA,N2,11\nDL,,12\n"
@@ -281,3 +282,37 @@ def test_the_texts_for_people(vault: Call, tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "f.csv").write_bytes(FLIGHTS)
     assert run(["protect", "acme", "payments", "f.csv", "-i", "-q", *PROTECT]) == 0
     assert capsys.readouterr() == ("", "")
+
+
+def test_an_empty_file_is_no_vault(
+    call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "empty.db"
+    path.touch(0o644)
+    for command in ("status", "doctor"):
+        run(["--vault", str(path), command])
+    capsys.readouterr()
+    assert call("--vault", str(path), "status") == (ExitCode.CONFIGURATION, "configuration")
+    assert path.stat().st_size == 0
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["empty.db"]
+    call("--vault", str(path), "init")
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_hint_does_not_name_the_command_that_was_called(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "nothing"
+    path.write_bytes(b"nothing of ours")
+    assert run(["inspect", str(path)]) == ExitCode.FORMAT
+    assert "hint:" not in capsys.readouterr().err
+
+
+def test_a_missing_native_backend_is_said_where_nobody_asked_for_the_other(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['openkcm._fast.aead'] = None; from openkcm.cli.app import run; "
+        "sys.exit(run(['init', '--vault', sys.argv[1]]))"
+    )
+    for choice, said in (("", True), ("python", False)):
+        done = run_python(code, str(tmp_path / f"{said}.db"), OPENKCM_BACKEND=choice)
+        assert ("the native backend is missing" in done.stderr) is said

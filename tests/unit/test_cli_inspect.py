@@ -129,3 +129,10 @@ def test_the_text_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     shown = capsys.readouterr().out
     assert "an encrypted record" in shown
     assert "id " + "6b" * 16 in shown
+
+
+def test_a_truncated_stream_has_no_figures(inspected: Any) -> None:
+    segment = SEGMENT_BYTES + TAG_BYTES
+    whole = envelope(Kind.STORED_STREAM, COMMITMENT_BYTES + segment + 100 + TAG_BYTES)
+    assert inspected(whole)["segments"] == 2
+    assert inspected(whole[: -(100 + TAG_BYTES) + 1]) == (ExitCode.FORMAT, "format")

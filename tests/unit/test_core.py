@@ -619,6 +619,49 @@ def test_unlinking_destroys(core: openkcm.Core, records: Service, tmp_path: Path
     assert not any(blob[:16] in files for blob in blobs)
 
 
+def test_an_unlink_that_fails_does_not_undo_a_kill(
+    core: openkcm.Core, records: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store can be written neither for the one nor for the other."""
+    keys = wrapped(core, records)
+    monkeypatch.setattr(core._vault.store, "_busy_seconds", 0.05)
+    core._vault.store.close()
+    other = sqlite3.connect(tmp_path / "vault.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    try:
+        refused(lambda: core.kill("acme"), StoreUnavailable)
+        refused(lambda: core.unwrap_keys(records, keys), TenantDark)
+        refused(lambda: core.unlink("acme"), StoreUnavailable)
+        refused(lambda: core.unwrap_keys(records, keys), TenantDark)
+    finally:
+        other.execute("ROLLBACK")
+        other.close()
+    refused(lambda: core.unwrap_keys(records, keys), TenantDark)
+    core.restore("acme")
+    assert opens(core, records, keys)
+
+
+def test_an_unlink_that_fails_leaves_a_live_tenant_live(
+    core: openkcm.Core, records: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = wrapped(core, records)
+
+    def fail(*_: object) -> None:
+        raise StoreUnavailable("full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("openkcm.core.tenants._delete_keys", fail)
+        refused(lambda: core.unlink("acme"), StoreUnavailable)
+    assert opens(core, records, keys)
+
+
+def test_a_root_uri_is_text_that_utf8_can_carry(core: openkcm.Core, tmp_path: Path) -> None:
+    refused(lambda: core.link_tenant("odd", root=f"local:{tmp_path}/\udcff"), InvalidInput)
+    assert [
+        path.name for path in tmp_path.iterdir() if "acme" not in path.name and "vault" not in path.name
+    ] == []
+
+
 def test_a_tenant_can_be_linked_again(core: openkcm.Core, records: Service, tmp_path: Path) -> None:
     keys = wrapped(core, records)
     core.unlink("acme")

@@ -643,3 +643,53 @@ def test_errors_are_of_the_family() -> None:
     )
     assert Kind.STORED.stored
     assert crypto.backend_info()["backend"] in ("fast", "python")
+
+
+# ---- one bad item among many, beside its data ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", ["", 7, "x" * 2000])
+def test_one_bad_subject(service: ServiceHandle, bad: object) -> None:
+    subjects: list[Any] = ["a", "b", bad, "c"]
+    with pytest.raises((InvalidInput, LimitExceeded)) as caught:
+        service.encrypt_many([b"x"] * 4, subjects=subjects)
+    assert caught.value.index == 2
+    outcomes = service.encrypt_many([b"x"] * 4, subjects=subjects, errors="return")
+    assert isinstance(outcomes[2], (InvalidInput, LimitExceeded))
+    assert outcomes[2].index == 2
+    assert [service.decrypt(outcomes[at]) for at in (0, 1, 3)] == [b"x"] * 3
+
+
+def test_one_bad_context(service: ServiceHandle) -> None:
+    contexts: list[Any] = [{"a": "b"}, None, {"a": 7}, b"raw"]
+    assert refused(lambda: service.encrypt_many([b"x"] * 4, contexts=contexts), InvalidInput).index == 2  # type: ignore[attr-defined]
+    outcomes = service.encrypt_many([b"x"] * 4, contexts=contexts, errors="return")
+    assert type(outcomes[2]) is InvalidInput
+    for at in (0, 1, 3):
+        assert service.decrypt(outcomes[at], context=contexts[at]) == b"x"
+
+
+def test_what_is_no_subject_at_all(service: ServiceHandle) -> None:
+    refused(lambda: service.encrypt_many([b"x"] * 2, subjects=[["x"], "y"]), InvalidInput)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"records": "x"}, {"records": None}, {"bytes": "x"}, {"bytes": 1.5}, {"seconds": "x"}]
+)
+def test_policies_are_of_numbers(wrong: dict[str, Any]) -> None:
+    refused(lambda: DataKeyPolicy(**wrong), InvalidInput)
+
+
+@pytest.mark.parametrize("wrong", [{"keys": "x"}, {"keys": None}, {"seconds": None}, {"seconds": "x"}])
+def test_pool_policies_are_of_numbers(wrong: dict[str, Any]) -> None:
+    refused(lambda: PoolPolicy(**wrong), InvalidInput)
+
+
+def test_a_policy_that_counts_bytes_fills_each_key(core: openkcm.Core) -> None:
+    """Each data key takes what fits, whatever lies before it in the batch."""
+    handle = other(core, policy=DataKeyPolicy(records=1000, bytes=1000))
+    sizes = [400, 400, 400, 999, 1, 1, 2000, 10, 600, 300, 90, 5]
+    blobs = handle.encrypt_many([bytes(size) for size in sizes])
+    keys = [parse(blob).data_key for blob in blobs]
+    runs = [[sizes[at] for at, each in enumerate(keys) if each == key] for key in dict.fromkeys(keys)]
+    assert runs == [[400, 400], [400], [999, 1], [1], [2000], [10, 600, 300, 90], [5]]

@@ -167,6 +167,27 @@ def test_a_kill_stops_a_running_stream(service: ServiceHandle, direction: str) -
         assert len(target.getvalue()) < 5 * SEGMENT_BYTES
 
 
+@pytest.mark.parametrize("subject", [None, "user-42"])
+def test_a_kill_between_wrapping_and_the_first_segment(
+    service: ServiceHandle, monkeypatch: pytest.MonkeyPatch, subject: str | None
+) -> None:
+    core, target = service._core, io.BytesIO()
+    call = "wrap_keys" if subject is None else "unwrap_keys"
+    before = getattr(core, call)
+
+    def killed(*arguments: object) -> object:
+        answer = before(*arguments)
+        core.kill("acme")  # type: ignore[attr-defined]
+        return answer
+
+    monkeypatch.setattr(core, call, killed)
+    refused(
+        lambda: service.encrypt_stream(io.BytesIO(bytes(10 * SEGMENT_BYTES)), target, subject=subject),
+        TenantDark,
+    )
+    assert len(target.getvalue()) < SEGMENT_BYTES
+
+
 def test_memory_is_constant(service: ServiceHandle, tmp_path: Path) -> None:
     """256 MiB through a process whose address space does not allow 256 MiB more."""
     code = f"""

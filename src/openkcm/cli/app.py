@@ -111,7 +111,7 @@ def main() -> NoReturn:
 
 def run(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    settings.vault, settings.quiet = DEFAULT_VAULT, False
+    settings.vault, settings.quiet, settings.command = DEFAULT_VAULT, False, None
     # Commands say themselves what became of a tenant.
     logging.getLogger("openkcm.liveness").setLevel(logging.CRITICAL)
     # Known at once, for mistakes that are found before the options are read.

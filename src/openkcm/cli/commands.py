@@ -67,6 +67,7 @@ def command(app: typer.Typer, name: str, **options: Any) -> Callable[[Command], 
 
     def add(function: Command) -> Command:
         def run(**arguments: Any) -> None:
+            settings.command = name
             set_globals(*(arguments.pop(option) for option in _GLOBAL))
             try:
                 function(**arguments)

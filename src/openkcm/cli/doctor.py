@@ -83,7 +83,7 @@ def _guarded(area: str, checks: Callable[[], Iterator[Check]]) -> Iterator[Check
     try:
         yield from checks()
     except (OpenKCMError, OSError) as error:
-        yield Check(area, "check", Level.UNSAFE, str(error), hint(error) or "")
+        yield Check(area, "check", Level.UNSAFE, str(error), hint(error, "doctor") or "")
 
 
 def _backend() -> Iterator[Check]:

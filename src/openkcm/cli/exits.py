@@ -64,6 +64,7 @@ _HINTS: Final[tuple[tuple[type[errors.OpenKCMError], str], ...]] = (
         "`openkcm service list` shows the services; an envelope opens with its own service",
     ),
     (errors.TenantDark, "`openkcm status` shows why; `openkcm tenant restore` brings back a killed tenant"),
+    (errors.RootDenied, "`openkcm root grant URI` prints what the customer must allow"),
     (errors.RootDisabled, "the customer has disabled the root key; only they can enable it"),
     (
         errors.DecryptError,
@@ -100,12 +101,13 @@ def error_name(error: BaseException) -> str:
     return "internal"
 
 
-def hint(error: BaseException) -> str | None:
+def hint(error: BaseException, command: str | None = None) -> str | None:
     """Return what to do about an error, where the message alone does not say it."""
     own = getattr(error, "hint", None)
     if isinstance(own, str):
         return own
     for family, text in _HINTS:
         if isinstance(error, family):
-            return text
+            # Who has just called the command that a hint names needs no hint.
+            return None if command is not None and f"`openkcm {command}`" in text else text
     return None

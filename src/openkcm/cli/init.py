@@ -25,9 +25,10 @@ def init(
     """Make a new vault and its seal key."""
     from ..core import Core
     from ..errors import AlreadyExists
-    from .output import answer, plain
+    from .output import answer, plain, warn_of_fallback
     from .session import holds_vault, seal_option, vault_path, vault_url
 
+    warn_of_fallback()
     path = vault_path()
     if path is not None and os.path.lexists(path) and (holds_vault(path) or not os.path.isfile(path)):
         raise AlreadyExists(f"there is a vault at {path} already; nothing was changed")

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import InvalidInput, OpenKCMError
+from ..errors import InvalidInput, OpenKCMError, RootDenied
 from .exits import ExitCode, error_name, exit_code, hint
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class Settings:
     vault: str = DEFAULT_VAULT
     json: bool = False
     quiet: bool = False
+    command: str | None = None
 
 
 settings = Settings()
@@ -64,6 +65,18 @@ def warn(text: str) -> None:
         console(stderr=True).print(f"[bold red]warning:[/] [red]{text}[/]", soft_wrap=True)
 
 
+def warn_of_fallback() -> None:
+    """Say that the native backend is missing, to whoever did not ask for the other: a build may have been quiet."""
+    from ..crypto import backend_info
+
+    info = backend_info()
+    if info["backend"] == "python" and not os.environ.get("OPENKCM_BACKEND"):
+        warn(
+            f"the native backend is missing, so this is slower and keeps copies of keys on the heap: {info['reason']}; "
+            "OPENKCM_BACKEND=python says that this is meant"
+        )
+
+
 def answer(document: Mapping[str, Any], *renderables: RenderableType, data_on_stdout: bool = False) -> None:
     """Give a command's result: the document with ``--json``, else the renderables.
 
@@ -79,7 +92,7 @@ def answer(document: Mapping[str, Any], *renderables: RenderableType, data_on_st
 
 def fail(error: BaseException) -> ExitCode:
     """Print an error on standard error, in one line and a hint, and return the exit code."""
-    message, advice = describe(error), hint(error)
+    message, advice = describe(error), hint(error, settings.command)
     if settings.json:
         document = {
             "code": error_name(error),
@@ -88,6 +101,8 @@ def fail(error: BaseException) -> ExitCode:
             "retryable": bool(getattr(error, "retryable", False)),
             "exit_code": int(exit_code(error)),
         }
+        if isinstance(error, RootDenied):
+            document["permission"] = error.permission
         print(json.dumps({"error": document}), file=sys.stderr)
     else:
         print_error(message, advice)

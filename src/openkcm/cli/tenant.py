@@ -44,9 +44,10 @@ def link(
     ],
 ) -> None:
     """Link a customer and their root key."""
-    from .output import answer, plain, warn
+    from .output import answer, plain, warn, warn_of_fallback
     from .session import open_core
 
+    warn_of_fallback()
     with open_core() as core:
         core.link_tenant(tenant, root=root)
         (linked,) = core.status(tenant)

@@ -111,7 +111,10 @@ def _size(records: list[Any], start: int, stop: int) -> int:
 
 def index_of(keys: Sequence[Any]) -> tuple[list[Any], array[int] | None]:
     """The distinct keys in order of appearance, and for each item the position of its key (None if all differ)."""
-    positions = dict.fromkeys(keys)
+    try:
+        positions = dict.fromkeys(keys)
+    except TypeError:
+        raise InvalidInput("a subject is text, and one of these is not") from None
     distinct = list(positions)
     if len(distinct) == len(keys):
         return distinct, None

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from ..errors import InvalidInput
 from ..limits import MAX_KEYS_PER_CALL, MAX_RECORDS_PER_KEY
@@ -27,6 +27,7 @@ class DataKeyPolicy:
     seconds: float | None = None
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
         if not 1 <= self.records <= MAX_RECORDS_PER_KEY:
             raise InvalidInput("a data key serves 1 to 2**32 records")
         if self.bytes is not None and self.bytes < 1:
@@ -48,7 +49,16 @@ class PoolPolicy:
     seconds: float = 60.0
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
         if not 0 <= self.keys <= MAX_KEYS_PER_CALL:
             raise InvalidInput(f"a pool holds 0 to {MAX_KEYS_PER_CALL} keys")
         if not self.seconds > 0:
             raise InvalidInput("a pool keeps keys for more than no time")
+
+
+def _check_numbers(policy: DataKeyPolicy | PoolPolicy) -> None:
+    for each in fields(policy):
+        value = getattr(policy, each.name)
+        wanted = (int, float) if each.name == "seconds" else int
+        if (value is not None or each.default is not None) and not isinstance(value, wanted):
+            raise InvalidInput(f"{each.name} of a policy is a number, not {type(value).__name__}")
