@@ -228,7 +228,8 @@ def answer(name: str, *, permission: str | None = None) -> OpenKCMError:
     by_class = _LOGIN_BY_CLASS if name in _LOGIN or name in ("RefreshError", "OAuthError") else _BY_CLASS
     says = f"{_SAYS.get(name) or by_class[kind]} ({name})"
     if kind is RootDenied:
-        return RootDenied(says, permission=permission)
+        missing = f"; {permission} is missing" if permission else ""
+        return RootDenied(f"{says}{missing}", permission=permission)
     return kind(says, retryable=False) if name == "DNS" else kind(says)
 
 
