@@ -19,6 +19,7 @@ import openkcm
 from openkcm.cli import drill_run
 from openkcm.cli.drill_run import Findings, Lever, run_drill
 from openkcm.errors import RootUnavailable
+from openkcm.testing.aws import AWSKMS
 from support import environment, make_vault, refused, url
 
 OPENKCM = [sys.executable, "-c", "from openkcm.cli import main; main()"]
@@ -272,3 +273,63 @@ def test_the_verdict_is_about_what_was_measured(tmp_path: Path, monkeypatch: pyt
             ),
             RootUnavailable,
         )
+
+
+# ---- the handshake, with a real provider's SDK -----------------------------------------------------------------
+
+
+def test_linking_says_which_single_permission_is_missing(vault: Path, aws_kms: AWSKMS) -> None:
+    key = aws_kms.make_key("globex")
+    for permission in aws_kms.permissions:
+        key.deny(permission)
+        done = run(vault, "tenant", "link", "globex", "--root", key.uri, "--json", code=9)
+        error = json.loads(done.stderr)["error"]
+        assert (error["code"], error["permission"]) == ("root_denied", permission)
+        assert permission in error["message"]
+        assert "openkcm root grant" in error["hint"]
+        run(vault, "status", "globex", code=5)
+        key.allow()
+    run(vault, "tenant", "link", "globex", "--root", key.uri)
+    key.disable()
+    found = answer(vault, "tenant", "probe", "globex", code=7)
+    assert (found["state"], found["root"]) == ("dark", key.uri)
+    assert "DisabledException" in found["reason"]
+
+
+def test_the_grant_names_who_we_are(vault: Path, aws_kms: AWSKMS) -> None:
+    found = answer(vault, "root", "grant", aws_kms.make_key("globex").uri)
+    assert found["permissions"] == list(aws_kms.permissions)
+    assert found["identity"] in found["text"]
+    assert found["identity"].endswith(":role/openkcm-core")
+    assert json.loads(found["text"].partition("\n\n")[0])["Action"] == list(aws_kms.permissions)
+
+
+def test_an_outage_is_worth_another_try_and_says_so(vault: Path, aws_kms: AWSKMS) -> None:
+    key = aws_kms.make_key("globex")
+    key.fail(503)
+    error = json.loads(run(vault, "tenant", "link", "globex", "--root", key.uri, "--json", code=11).stderr)[
+        "error"
+    ]
+    assert (error["code"], error["retryable"]) == ("root_unavailable", True)
+    key.heal()
+    run(vault, "tenant", "link", "globex", "--root", key.uri)
+    key.throttle()
+    found = answer(vault, "tenant", "probe", "globex", code=11)
+    assert found["state"] == "grace"
+
+
+def test_a_drill_on_a_test_key_of_a_provider(tmp_path: Path, aws_kms: AWSKMS) -> None:
+    """The customer's levers are commands; here they are the provider's own API, called by its own SDK."""
+    key = aws_kms.make_key("drill")
+    lever = (
+        f"{sys.executable} -c 'import botocore.session as s; "
+        's.get_session().create_client("kms", region_name="eu-central-1").{}(KeyId="' + key.arn + "\")'"
+    )
+    done = run(
+        tmp_path,
+        *("drill", "unplug", "--root", key.uri, "--interval", "1", "--rate", "100", "--json"),
+        *("--off", lever.format("disable_key"), "--on", lever.format("enable_key")),
+    )
+    found = json.loads(done.stdout)
+    assert found["passed"]
+    assert found["decrypts"]["failed"]
