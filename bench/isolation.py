@@ -3,8 +3,8 @@
 
 Run ``python bench/isolation.py [SECONDS]`` (20 by default, for each phase). Both tenants decrypt 500 single records a
 second in threads of one process. Phases with A well and with A in trouble take turns, so that drift of the machine
-falls on both alike. A is refused ("disabled") in one comparison, and black-holed in the other: its root never answers, its
-grace is over and its users come all the same.
+falls on both alike. A is refused ("disabled") in one comparison, and black-holed in the other: its root never answers,
+its grace is over and its users come all the same.
 """
 
 from __future__ import annotations

@@ -40,8 +40,13 @@ envelope
     What ``encrypt`` returns: a header, the wrapped data key or its id, a nonce, the ciphertext and a tag.
 wrap, unwrap, rewrap
     Encrypt, decrypt or re-encrypt a key under another key.
-kill, dark, restore
-    A killed tenant is dark: its keys are zeroed and refused until it is restored and its root agrees.
+probe, live, grace, dark
+    Whether a tenant's root still says yes. A live tenant's keys may be used; in grace its root does not answer, and
+    they may be used to a hard end; a dark tenant's keys are zeroed, and come back with its root's first yes.
+kill, restore
+    An operator's switch: a killed tenant is dark until it is restored, and its root agrees.
+open-lease
+    For how long a Gateway may keep a data key that was opened for it, counted from then; none by default.
 shred
     Destroy a key, and with it whatever it encrypted, for good.
 """
@@ -83,7 +88,7 @@ from .errors import (
 from .keys import Change, Event, KeyService, KeyState, Kind, Service, TenantState
 
 if TYPE_CHECKING:
-    from .core import AuditRecord, Core, ServiceKeyStatus, ServiceStatus, TenantStatus
+    from .core import AuditRecord, Core, Probe, ServiceKeyStatus, ServiceStatus, TenantStatus
     from .crypto import backend_info
     from .gateway import DataKeyPolicy, Gateway, KeyStore, PoolPolicy, ServiceHandle
     from .roots import Root, open_root
@@ -116,6 +121,7 @@ __all__ = [
     "LimitExceeded",
     "OpenKCMError",
     "PoolPolicy",
+    "Probe",
     "Root",
     "RootDenied",
     "RootDestroyed",
@@ -142,7 +148,9 @@ __all__ = [
 ]
 
 _HOMES: Final = {
-    **dict.fromkeys(("AuditRecord", "Core", "ServiceKeyStatus", "ServiceStatus", "TenantStatus"), ".core"),
+    **dict.fromkeys(
+        ("AuditRecord", "Core", "Probe", "ServiceKeyStatus", "ServiceStatus", "TenantStatus"), ".core"
+    ),
     **dict.fromkeys(("DataKeyPolicy", "Gateway", "KeyStore", "PoolPolicy", "ServiceHandle"), ".gateway"),
     **dict.fromkeys(("Root", "open_root"), ".roots"),
     "backend_info": ".crypto",

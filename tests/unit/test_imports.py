@@ -38,7 +38,7 @@ MAY_IMPORT = {
 ERRORS = {name for name, value in vars(openkcm.errors).items() if isinstance(value, type)}
 PUBLIC = {
     *ERRORS,
-    *("Core", "TenantStatus", "ServiceStatus", "ServiceKeyStatus", "AuditRecord"),
+    *("Core", "Probe", "TenantStatus", "ServiceStatus", "ServiceKeyStatus", "AuditRecord"),
     *("Gateway", "ServiceHandle", "DataKeyPolicy", "PoolPolicy", "KeyStore"),
     *("KeyService", "Service", "Event", "Change", "Kind", "KeyState", "TenantState"),
     *("Root", "open_root", "backend_info", "__version__"),

@@ -3,6 +3,7 @@
 
 from .audit import AuditRecord
 from .core import Core
+from .liveness import Probe
 from .status import ServiceKeyStatus, ServiceStatus, TenantStatus
 
-__all__ = ["AuditRecord", "Core", "ServiceKeyStatus", "ServiceStatus", "TenantStatus"]
+__all__ = ["AuditRecord", "Core", "Probe", "ServiceKeyStatus", "ServiceStatus", "TenantStatus"]
