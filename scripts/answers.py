@@ -13,11 +13,11 @@ from importlib import import_module
 from openkcm import errors
 
 PROVIDERS = {
-    "aws-kms: AWS KMS": "aws_answers",
-    "azure-kms: Azure Key Vault and Managed HSM": "azure_answers",
-    "gcp-kms: Google Cloud KMS": "gcp_answers",
+    "aws-kms: AWS KMS": "aws.answers",
+    "azure-kms: Azure Key Vault and Managed HSM": "azure.answers",
+    "gcp-kms: Google Cloud KMS": "gcp.answers",
     "pkcs11: PKCS#11": "pkcs11_answers",
-    "bao-transit: OpenBao and Vault": "bao_answers",
+    "bao-transit: OpenBao and Vault": "bao.answers",
 }
 
 # What an answer means, the error it becomes, and whether it gets grace.

@@ -284,9 +284,7 @@ def test_the_texts_for_people(vault: Call, tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr() == ("", "")
 
 
-def test_an_empty_file_is_no_vault(
-    call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_empty_file_is_no_vault(call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "empty.db"
     path.touch(0o644)
     for command in ("status", "doctor"):

@@ -21,7 +21,7 @@ from openkcm.errors import (
     RootMisconfigured,
 )
 from openkcm.roots import Grantable, Root, open_root
-from openkcm.roots.aws_uri import AWSURI, parse_aws_uri
+from openkcm.roots.aws.uri import AWSURI, parse_aws_uri
 from openkcm.testing.aws import ACCOUNT, AWSKMS
 from support import refused
 

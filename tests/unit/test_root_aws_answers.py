@@ -22,9 +22,9 @@ from openkcm.errors import (
 )
 from openkcm.roots import Root, open_root
 from openkcm.roots.aws import ANSWERS
-from openkcm.roots.aws_answers import ROWS, translate
+from openkcm.roots.aws.answers import ROWS, translate
 from openkcm.testing.aws import ACCOUNT, AWSKMS
-from openkcm.testing.aws_errors import FAILURES, KMS_FAILURES, STS_FAILURES, is_refusal
+from openkcm.testing.aws.errors import FAILURES, KMS_FAILURES, STS_FAILURES, is_refusal
 from support import refused
 
 CONTEXT = {"layer": "L2", "tenant": "acme", "region": "local", "version": "1"}

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 from openkcm.errors import RootDenied, RootDisabled, RootMisconfigured, RootUnavailable
-from openkcm.roots import Root, aws_clients, open_root
+from openkcm.roots import Root, open_root
 from openkcm.roots.aws import AWSRoot, open_aws
+from openkcm.roots.aws import clients as aws_clients
 from openkcm.testing.aws import ACCOUNT, AWSKMS
 from support import refused
 

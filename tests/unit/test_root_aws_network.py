@@ -18,7 +18,7 @@ import pytest
 
 from openkcm.errors import RootMisconfigured, RootUnavailable
 from openkcm.roots import Root, open_root
-from openkcm.roots.aws_answers import translate
+from openkcm.roots.aws.answers import translate
 from openkcm.testing.aws import ACCOUNT, AWSKMS
 from openkcm.testing.https import Response, Server, make_certificate
 from support import refused

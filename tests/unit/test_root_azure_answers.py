@@ -26,10 +26,10 @@ from openkcm.errors import (
 )
 from openkcm.roots import Root, open_root
 from openkcm.roots.azure import ANSWERS
-from openkcm.roots.azure_answers import SAYS, refusal
-from openkcm.roots.azure_uri import HOSTS_VARIABLE
+from openkcm.roots.azure.answers import SAYS, refusal
+from openkcm.roots.azure.uri import HOSTS_VARIABLE
 from openkcm.testing.azure import AzureKey, AzureKeyVault
-from openkcm.testing.azure_entra import ENTRA_ERRORS
+from openkcm.testing.azure.entra import ENTRA_ERRORS
 from openkcm.testing.https import Response, make_certificate
 from support import refused
 

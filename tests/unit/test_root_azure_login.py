@@ -15,7 +15,7 @@ import pytest
 from openkcm.errors import OpenKCMError, RootMisconfigured, RootThrottled, RootUnavailable
 from openkcm.roots import Root, open_root
 from openkcm.roots.azure import AzureRoot
-from openkcm.roots.azure_uri import HOSTS_VARIABLE
+from openkcm.roots.azure.uri import HOSTS_VARIABLE
 from openkcm.testing.azure import AzureKey, AzureKeyVault
 from openkcm.testing.https import Response
 from support import refused

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from openkcm.errors import RootMisconfigured
 from openkcm.roots import Root, open_root
 from openkcm.roots.azure import AzureRoot
-from openkcm.roots.azure_uri import HOSTS_VARIABLE, SUFFIXES, AzureURI, find_service, parse_azure_uri
+from openkcm.roots.azure.uri import HOSTS_VARIABLE, SUFFIXES, AzureURI, find_service, parse_azure_uri
 from openkcm.roots.base import Grantable
 from openkcm.testing.azure import AzureKey, AzureKeyVault
 from support import refused
@@ -178,8 +178,8 @@ def test_hosts_that_are_named_wrongly(monkeypatch: pytest.MonkeyPatch, value: st
 
 
 def test_without_the_sdk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "openkcm.roots.azure_client", raising=False)
-    monkeypatch.delattr("openkcm.roots.azure_client", raising=False)
+    monkeypatch.delitem(sys.modules, "openkcm.roots.azure.client", raising=False)
+    monkeypatch.delattr("openkcm.roots.azure.client", raising=False)
     monkeypatch.setitem(sys.modules, "azure.keyvault.keys", None)
     error = refused(lambda: open_root("azure-kms://acme.vault.azure.net/keys/root"), RootMisconfigured)
     assert "openkcm[azure]" in str(error)

@@ -22,7 +22,7 @@ from openkcm.errors import (
 from openkcm.roots import open_root
 from openkcm.roots.bao import open_bao
 from openkcm.testing.openbao import ACCOUNT, NAMESPACE, ROLE, OpenBao, OpenBaoKey
-from openkcm.testing.openbao_server import find_binary
+from openkcm.testing.openbao.server import find_binary
 from support import refused, run_python
 
 

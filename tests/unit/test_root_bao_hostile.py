@@ -25,7 +25,7 @@ from openkcm.errors import (
     RootMisconfigured,
     RootUnavailable,
 )
-from openkcm.roots.bao_http import MAX_ANSWER_BYTES
+from openkcm.roots.bao.http import MAX_ANSWER_BYTES
 from openkcm.testing.https import Request, Response, Server
 from openkcm.testing.openbao import OpenBao, OpenBaoKey
 from support import refused

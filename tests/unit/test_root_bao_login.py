@@ -13,9 +13,10 @@ import pytest
 
 from bao_support import CONTEXT, SEALED, names, use
 from openkcm.errors import RootDenied, RootMisconfigured, RootUnavailable
-from openkcm.roots import bao_login, open_root
+from openkcm.roots import open_root
 from openkcm.roots.bao import BaoRoot, open_bao
-from openkcm.roots.bao_login import Login, Token
+from openkcm.roots.bao import login as bao_login
+from openkcm.roots.bao.login import Login, Token
 from openkcm.testing.openbao import ACCOUNT, NAMESPACE, ROLE, OpenBao, OpenBaoKey
 from support import refused
 

@@ -33,8 +33,9 @@ from openkcm.errors import (
     RootMisconfigured,
     RootUnavailable,
 )
-from openkcm.roots import Root, bao_http, open_root
+from openkcm.roots import Root, open_root
 from openkcm.roots.bao import ANSWERS
+from openkcm.roots.bao import http as bao_http
 from openkcm.testing.https import Request, Response, Server, make_certificate
 from openkcm.testing.openbao import REPLIES, OpenBao, OpenBaoKey
 from openkcm.testing.tcp_proxy import TcpProxy

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from openkcm.errors import RootMisconfigured
 from openkcm.roots import open_root
-from openkcm.roots.bao_uri import BaoURI, parse_bao_uri
+from openkcm.roots.bao.uri import BaoURI, parse_bao_uri
 from support import refused
 
 

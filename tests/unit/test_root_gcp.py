@@ -25,7 +25,7 @@ from openkcm.errors import (
 )
 from openkcm.roots import Grantable, Root, open_root
 from openkcm.roots.gcp import MAX_CIPHERTEXT_BYTES, GCPRoot, open_gcp, parse_blob
-from openkcm.roots.gcp_uri import GCPKeyURI, endpoints, parse_gcp_uri
+from openkcm.roots.gcp.uri import GCPKeyURI, endpoints, parse_gcp_uri
 from openkcm.testing.gcp import GCPKMS, GCPKey, VersionState
 from support import refused, run_python
 

@@ -21,10 +21,10 @@ from openkcm.errors import (
     RootThrottled,
     RootUnavailable,
 )
-from openkcm.roots import gcp_answers
 from openkcm.roots.gcp import ANSWERS, GCPRoot, open_gcp
-from openkcm.testing import gcp_errors
+from openkcm.roots.gcp import answers as gcp_answers
 from openkcm.testing.gcp import GCPKMS, USE_TO_DECRYPT, USE_TO_ENCRYPT, GCPKey
+from openkcm.testing.gcp import errors as gcp_errors
 from support import refused
 
 CONTEXT = {"tenant": "acme"}

@@ -12,7 +12,7 @@ import pytest
 
 from openkcm.errors import RootMisconfigured, RootUnavailable
 from openkcm.roots.gcp import MAX_CIPHERTEXT_BYTES, GCPRoot, open_gcp
-from openkcm.roots.gcp_session import MAX_ANSWER_BYTES, crc32c
+from openkcm.roots.gcp.session import MAX_ANSWER_BYTES, crc32c
 from openkcm.testing.gcp import GCPKMS, GCPKey
 from support import refused
 

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from openkcm.errors import RootMisconfigured, RootThrottled, RootUnavailable
-from openkcm.roots import gcp_answers, gcp_session
 from openkcm.roots.gcp import ANSWERS, GCPRoot, open_gcp
+from openkcm.roots.gcp import answers as gcp_answers
+from openkcm.roots.gcp import session as gcp_session
 from openkcm.testing.gcp import GCPKMS, GCPKey
-from openkcm.testing.gcp_login import FEDERATED
+from openkcm.testing.gcp.login import FEDERATED
 from openkcm.testing.https import Request, Response, Server
 from support import refused, run_python
 

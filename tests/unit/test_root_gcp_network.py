@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from openkcm.errors import RootMisconfigured, RootUnavailable
-from openkcm.roots import gcp_session
 from openkcm.roots.gcp import ANSWERS, GCPRoot, open_gcp
+from openkcm.roots.gcp import session as gcp_session
 from openkcm.testing.gcp import GCPKMS, GCPKey
 from openkcm.testing.https import Request, Response, Server
 from support import refused

@@ -21,8 +21,8 @@ from botocore.exceptions import ClientError
 
 from openkcm.testing import KeyCondition
 from openkcm.testing.aws import ACCOUNT, AWSKMS, REGION, AWSKey
-from openkcm.testing.aws_key import MAGIC
-from openkcm.testing.aws_signature import Principal
+from openkcm.testing.aws.key import MAGIC
+from openkcm.testing.aws.signature import Principal
 
 CONTEXT = {"a": "1", "b": "2"}
 

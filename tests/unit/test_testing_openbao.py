@@ -18,12 +18,12 @@ from openkcm.roots import open_root
 from openkcm.roots.bao import ANSWERS
 from openkcm.testing import FakeKey, FakeProvider, KeyCondition
 from openkcm.testing.openbao import REPLIES, OpenBao
-from openkcm.testing.openbao_server import OpenBaoServer, find_binary
+from openkcm.testing.openbao.server import OpenBaoServer, find_binary
 from support import environment
 
 OWNER = """
 import sys, time
-from openkcm.testing.openbao_server import OpenBaoServer
+from openkcm.testing.openbao.server import OpenBaoServer
 server = OpenBaoServer()
 print(server.port, server.folder, flush=True)
 time.sleep(60)
@@ -114,7 +114,7 @@ def test_stopping_while_a_forked_child_lives_on() -> None:
 def test_a_server_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        monkeypatch.setattr("openkcm.testing.openbao_server._free_port", lambda: port)
+        monkeypatch.setattr("openkcm.testing.openbao.server._free_port", lambda: port)
         with pytest.raises(RuntimeError, match=r"did not start: .*address already in use"):
             OpenBaoServer()
 
