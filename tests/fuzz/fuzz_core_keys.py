@@ -41,9 +41,15 @@ def keys() -> tuple[Root, WrappingKey, WrappingKey, int]:
     return (
         root,
         seal,
-        opening.open_tenant_key(root, seal, wrapped, "acme", opened()[0].region, version),
+        open_tenant_key(root, seal, wrapped, opened()[0].region, version),
         version,
     )
+
+
+def open_tenant_key(root: Root, seal: WrappingKey, wrapped: bytes, region: str, version: int) -> WrappingKey:
+    """Open a tenant key as the vault does: the root first, then the seal key."""
+    sealed = root.unwrap(wrapped, opening.root_context("acme", region, version))
+    return opening.open_sealed_tenant_key(seal, sealed, "acme", region, version)
 
 
 def seeds() -> Iterator[bytes]:
@@ -61,7 +67,7 @@ def check(data: bytes) -> None:
     if data[:1] == b"\x02":
         known = data[1:] == stored()[0][tenant_version]
         try:
-            opening.open_tenant_key(root, seal, data[1:], "acme", region, tenant_version).wipe()
+            open_tenant_key(root, seal, data[1:], region, tenant_version).wipe()
         except DecryptError:
             assert not known
         else:

@@ -102,6 +102,8 @@ def options(
 
 def main() -> NoReturn:
     """Run the command line and exit."""
+    # Commands say themselves what became of a tenant.
+    logging.getLogger("openkcm.liveness").setLevel(logging.CRITICAL)
     signal.signal(signal.SIGTERM, _terminate)
     code = int(run())
     # What was done is done and said; an interrupt while the interpreter shuts down must not deny it.
@@ -112,8 +114,6 @@ def main() -> NoReturn:
 def run(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     settings.vault, settings.quiet, settings.command = DEFAULT_VAULT, False, None
-    # Commands say themselves what became of a tenant.
-    logging.getLogger("openkcm.liveness").setLevel(logging.CRITICAL)
     # Known at once, for mistakes that are found before the options are read.
     settings.json = "--json" in (sys.argv if arguments is None else arguments)
     try:
