@@ -57,12 +57,13 @@ class SubjectKeys:
         self._lock = threading.Lock()
         self._by_subject: dict[bytes, StoredKey] = {}
         self._by_id: dict[bytes, StoredKey] = {}
+        self._hashes: dict[str, bytes] = {}
 
     # ---- for encrypting ------------------------------------------------------------------------------
 
     def open(self, subjects: Sequence[str]) -> OpenKeys:
         """Open the keys of distinct subjects, in their order, making those that there are not yet."""
-        hashes = [self.hash(subject) for subject in subjects]
+        hashes = self._hash_all(subjects)
         for _ in range(_TRIES):
             found = self._find_or_make(hashes)
             opened, destroyed = self._unwrap([found[each] for each in hashes])
@@ -75,6 +76,13 @@ class SubjectKeys:
         """The subject as the store knows it: SHA-256 of salt, service id and name."""
         check_subject(subject)
         return hashlib.sha256(self._store.salt + self._service.service_id + subject.encode()).digest()
+
+    def _hash_all(self, subjects: Sequence[str]) -> list[bytes]:
+        """Hash subjects, most of which were asked for before: a table has the same ones block after block."""
+        known = self._hashes
+        if len(known) > CACHED:
+            known.clear()
+        return [known.get(each) or known.setdefault(each, self.hash(each)) for each in subjects]
 
     def _find_or_make(self, hashes: Sequence[bytes]) -> Mapping[bytes, StoredKey]:
         found = {each: key for each in hashes if (key := self._by_subject.get(each)) is not None}
@@ -212,6 +220,8 @@ class SubjectKeys:
             self._core.shred_keys(self._service, b"".join(ids))
             self.forget(ids)
             self._store.remove(self._service.service_id, ids)
+        for subject in subjects:
+            self._hashes.pop(subject, None)  # not even the name is kept
         return len(ids)
 
     def after_fork(self) -> None:
@@ -224,6 +234,7 @@ class SubjectKeys:
             if ids is None:
                 self._by_id.clear()
                 self._by_subject.clear()
+                self._hashes.clear()
                 return
             for key_id in ids:
                 key = self._by_id.pop(key_id, None)
