@@ -268,6 +268,23 @@ def test_an_index_says_whose_key() -> None:
     refused(lambda: cipher(1).seal_many(keys, None, 0, b"abc", b"", [b"x"] * 2), InvalidInput)
 
 
+def test_records_are_sorted_by_key_and_stand_where_they_stood() -> None:
+    """Records of one key are ciphered after each other; neither the results nor the first failure show it."""
+    index = array("I", [(at * 7) % 5 for at in range(100)])
+    keys, records = crypto.import_keys(b"".join(known(5))), [b"%d" % at for at in range(100)]
+    contexts = [b"c%d" % at for at in range(100)]
+    sealed = cipher(1).seal_many(keys, index, 1, b"abcde", contexts, records)
+    assert [blob[24:25] for blob in sealed] == [b"abcde"[key : key + 1] for key in index]
+    assert len({blob[25:37] for blob in sealed}) == 100
+    assert cipher(1).open_many(keys, index, contexts, sealed, False) == (records, [])
+    for bad in (30, 11, 97):
+        sealed[bad] = sealed[bad][:-1] + bytes([sealed[bad][-1] ^ 1])
+    assert cipher(1).open_many(keys, index, contexts, sealed, False) == ([], [11])
+    opened, failed = cipher(1).open_many(keys, index, contexts, sealed, True)
+    assert failed == [11, 30, 97]
+    assert opened == [None if at in failed else record for at, record in enumerate(records)]
+
+
 def test_one_bad_record_ends_a_batch_or_is_named() -> None:
     keys = crypto.generate_keys(1)
     sealed = cipher(0).seal_many(keys, None, 0, b"", b"", [b"r" * 5000] * 40)
