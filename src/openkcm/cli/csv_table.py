@@ -15,9 +15,11 @@ from __future__ import annotations
 import codecs
 import csv
 import dataclasses
+from binascii import b2a_base64
 from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO, Final, Protocol
 
+from ..crypto import FlatRows, split_rows
 from ..errors import FormatError, InvalidInput
 from .tables import (
     ColumnCipher,
@@ -49,75 +51,45 @@ class Block(Protocol):
     lines: Sequence[int]
 
     def column(self, index: int) -> list[bytes]:
-        """The values of one column."""
+        """The values of one column, as they were read."""
 
-    def replace(self, index: int, values: Sequence[bytes], *, plain: bool) -> None:
-        """Set the values of one column; ``plain`` says that none of them needs a quote."""
+    def replace(self, index: int, values: Sequence[bytes]) -> None:
+        """Set the values of one column."""
+
+    def replace_encoded(self, index: int, values: Sequence[bytes]) -> None:
+        """Set the values of one column to the base64 text of these, which never needs a quote."""
 
     def dump(self) -> bytes:
         """The rows as they are written, each with its line end."""
 
 
 class FlatBlock:
-    """Rows without any quote, split at the delimiter only: splitting and joining are one call a block.
+    """Rows without any quote, found and written by the backend in one call a block."""
 
-    Where a row ends, its last field, the line end and the next row's first field are one element of the list.
-    """
-
-    def __init__(
-        self, flat: list[bytes], columns: int, delimiter: bytes, end: bytes, first_line: int
-    ) -> None:
-        self._flat = flat
-        self._columns = columns
-        self._stride = columns - 1
+    def __init__(self, rows: FlatRows, delimiter: bytes, first_line: int) -> None:
+        self._rows = rows
         self._delimiter = delimiter
-        self._end = end
-        self._edges: tuple[list[bytes], list[bytes]] | None = None
-        self.lines: Sequence[int] = range(first_line, first_line + (len(flat) - 1) // self._stride)
+        self.lines: Sequence[int] = range(first_line, first_line + rows.count)
 
     @classmethod
     def parse(
         cls, data: bytes, columns: int, delimiter: bytes, end: bytes, first_line: int
     ) -> FlatBlock | None:
         """Split whole lines; None if they need csv.reader (quotes, odd line ends, blank or ragged rows)."""
-        rows = data.count(b"\n")
-        returns = data.count(b"\r")
-        if columns == 1 or b'"' in data or returns != (rows if end == b"\r\n" else 0):
-            return None
-        if end == b"\r\n" and data.count(end) != rows:
-            return None
-        flat = data[: -len(end)].split(delimiter)
-        # There are rows - 1 line ends inside; if each place where a row must end has one, none is elsewhere.
-        ends = [1 for joint in flat[columns - 1 : -1 : columns - 1] if end in joint]
-        if len(flat) != rows * (columns - 1) + 1 or len(ends) != rows - 1:
-            return None
-        return cls(flat, columns, delimiter, end, first_line)
+        rows = split_rows(data, columns, delimiter, end)
+        return None if rows is None else cls(rows, delimiter, first_line)
 
     def column(self, index: int) -> list[bytes]:
-        if 0 < index < self._stride:
-            return self._flat[index :: self._stride]
-        return list(self._first_and_last()[index == self._stride])
+        return self._rows.column(index)
 
-    def replace(self, index: int, values: Sequence[bytes], *, plain: bool) -> None:
-        if not plain:
-            values = quote_values(values, self._delimiter)
-        if 0 < index < self._stride:
-            self._flat[index :: self._stride] = values
-        else:
-            self._first_and_last()[index == self._stride][:] = values
+    def replace(self, index: int, values: Sequence[bytes]) -> None:
+        self._rows.replace(index, quote_values(values, self._delimiter))
+
+    def replace_encoded(self, index: int, values: Sequence[bytes]) -> None:
+        self._rows.replace(index, values, True)
 
     def dump(self) -> bytes:
-        if self._edges is not None:
-            first, last = self._edges
-            joints = [before + self._end + after for before, after in zip(last, first[1:], strict=False)]
-            self._flat[:: self._stride] = [first[0], *joints, last[-1]]
-        return self._delimiter.join(self._flat) + self._end
-
-    def _first_and_last(self) -> tuple[list[bytes], list[bytes]]:
-        if self._edges is None:
-            edges = self._end.join(self._flat[:: self._stride]).split(self._end)
-            self._edges = edges[::2], edges[1::2]
-        return self._edges
+        return self._rows.dump()
 
 
 class RowBlock:
@@ -133,9 +105,12 @@ class RowBlock:
     def column(self, index: int) -> list[bytes]:
         return [row[index].encode("latin-1") for row in self._filled]
 
-    def replace(self, index: int, values: Sequence[bytes], *, plain: bool) -> None:
+    def replace(self, index: int, values: Sequence[bytes]) -> None:
         for row, value in zip(self._filled, values, strict=True):
             row[index] = value.decode("latin-1")
+
+    def replace_encoded(self, index: int, values: Sequence[bytes]) -> None:
+        self.replace(index, [b2a_base64(value, newline=False) for value in values])
 
     def dump(self) -> bytes:
         return "".join(self._join(row) + self._end for row in self._rows).encode("latin-1")
@@ -364,8 +339,8 @@ class CsvTable:
             subjects = _texts(block.column(places[columns.subject]), lines, columns.subject)
             check_subjects(subjects, lines, columns.subject)
         parts = [Part(n, block.column(places[n]), lines, subjects, rows) for n in columns.protected]
-        for name, texts in zip(columns.protected, self._cipher.protect(parts), strict=True):
-            block.replace(places[name], texts, plain=True)
+        for name, envelopes in zip(columns.protected, self._cipher.protect(parts), strict=True):
+            block.replace_encoded(places[name], envelopes)
 
     def _unprotect_block(self, block: Block, places: dict[str, int]) -> None:
         rows = self._row_contexts(block, places)
@@ -373,7 +348,7 @@ class CsvTable:
         parts = [Part(name, block.column(places[name]), block.lines, None, rows) for name in names]
         for name, values in zip(names, self._cipher.unprotect(parts), strict=True):
             filled = [value or b"" for value in values] if None in values else values
-            block.replace(places[name], filled, plain=False)  # type: ignore[arg-type]
+            block.replace(places[name], filled)  # type: ignore[arg-type]
 
     def _row_contexts(self, block: Block, places: dict[str, int]) -> list[RowContext] | None:
         names = self._columns.context

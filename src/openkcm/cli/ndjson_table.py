@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from binascii import b2a_base64
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, Final
 
@@ -298,9 +299,9 @@ class NdjsonTable:
             for part, some in zip(parts, chosen.values(), strict=True):
                 part.subjects = [line.plain(columns.subject) for line in some]
                 check_subjects(part.subjects, part.lines, columns.subject)
-        for (name, some), texts in zip(chosen.items(), self._cipher.protect(parts), strict=True):
-            for line, text in zip(some, texts, strict=True):
-                line.edit(name, f'"{text.decode()}"')
+        for (name, some), envelopes in zip(chosen.items(), self._cipher.protect(parts), strict=True):
+            for line, envelope in zip(some, envelopes, strict=True):
+                line.edit(name, f'"{b2a_base64(envelope, newline=False).decode()}"')
 
     def _unprotect_lines(self, lines: list[Line]) -> None:
         chosen = {name: self._with_value(lines, name) for name in self._columns.protected}

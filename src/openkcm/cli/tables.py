@@ -12,7 +12,7 @@ decrypts one value with ``service.decrypt(base64.b64decode(value), context=...)`
 from __future__ import annotations
 
 import enum
-from binascii import a2b_base64, b2a_base64
+from binascii import a2b_base64
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -173,7 +173,7 @@ class ColumnCipher:
         self.counts = Counts()
 
     def protect(self, parts: Sequence[Part]) -> list[list[bytes]]:
-        """Return the base64 text of each value's envelope, part by part.
+        """Return each value's envelope, part by part; a table holds its base64 text.
 
         Raises:
             InvalidInput: a value is an envelope already.
@@ -226,14 +226,12 @@ class ColumnCipher:
     ) -> list[bytes]:
         try:
             if subjects is None:
-                blobs = self._service.encrypt_many(values, contexts=contexts)
-            else:
-                blobs = self._service.encrypt_many(values, contexts=contexts, subjects=subjects)
+                return self._service.encrypt_many(values, contexts=contexts)
+            return self._service.encrypt_many(values, contexts=contexts, subjects=subjects)
         except OpenKCMError as error:
             if error.index is None:
                 raise
             raise at(error, *_place(parts, places[error.index])) from error
-        return [b2a_base64(blob, newline=False) for blob in blobs]
 
     def unprotect(self, parts: Sequence[Part]) -> list[list[bytes | None]]:
         """Return the plaintext of each value, part by part; None where it was shredded and is left blank.

@@ -43,8 +43,10 @@ if TYPE_CHECKING:
         write_wrapping_key,
     )
     from .pure_records import RecordCipher, StreamCipher
+    from .pure_rows import FlatRows, split_rows
 
 __all__ = [
+    "FlatRows",
     "RecordCipher",
     "SecretKeys",
     "StreamCipher",
@@ -58,6 +60,7 @@ __all__ = [
     "read_wrapping_key",
     "rewrap_many",
     "secret_memory_info",
+    "split_rows",
     "unwrap_key",
     "unwrap_many",
     "wrap_key",
@@ -69,8 +72,8 @@ _PRIVATE: Final = ("native_info", "_gcm_open", "_gcm_seal", "_xaes_open", "_xaes
 
 
 def _load_fast() -> dict[str, Any]:
-    aead, secret, stream, wrapping = (
-        import_module(f"openkcm._fast.{name}") for name in ("aead", "secret", "stream", "wrapping")
+    aead, rows, secret, stream, wrapping = (
+        import_module(f"openkcm._fast.{name}") for name in ("aead", "rows", "secret", "stream", "wrapping")
     )
     secret.install_errors(
         invalid=InvalidInput,
@@ -80,14 +83,16 @@ def _load_fast() -> dict[str, Any]:
         internal=InternalError,
     )
     return {
-        name: value for module in (secret, wrapping, aead, stream) for name, value in vars(module).items()
+        name: value
+        for module in (secret, wrapping, aead, rows, stream)
+        for name, value in vars(module).items()
     }
 
 
 def _load_python() -> dict[str, Any]:
-    from . import pure, pure_records
+    from . import pure, pure_records, pure_rows
 
-    return vars(pure) | vars(pure_records)
+    return vars(pure) | vars(pure_records) | vars(pure_rows)
 
 
 def _load() -> tuple[str, str, dict[str, Any]]:
