@@ -14,9 +14,10 @@ from __future__ import annotations
 import enum
 from binascii import a2b_base64
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, compress
+from itertools import chain, compress, count, islice
 from typing import Any, BinaryIO, Final, Literal, Protocol, TypeVar
 
 from ..envelope import parse
@@ -188,7 +189,7 @@ class ColumnCipher:
         if not values:
             return [[] for _ in parts]
         if parts[0].subjects is None:
-            return _like(parts, self._encrypt(parts, range(len(values)), values, contexts, None))
+            return _like(parts, self._encrypt(parts, values, contexts, None, lambda index: index))
         subjects = _flat([part.subjects or () for part in parts])
         return _like(parts, self._encrypt_for(parts, values, contexts, subjects))
 
@@ -196,34 +197,37 @@ class ColumnCipher:
         self, parts: Sequence[Part], values: list[bytes], contexts: list[dict[str, str]], subjects: list[str]
     ) -> list[bytes]:
         """Encrypt values that mostly have a subject; those that have none get a data key of their own."""
-        if all(subjects):
-            return self._encrypt(parts, range(len(values)), values, contexts, subjects)
-        nobody = [place for place, subject in enumerate(subjects) if not subject]
+        nobody = _places_of("", subjects)
+        if not nobody:
+            return self._encrypt(parts, values, contexts, subjects, lambda index: index)
         self.counts.without_subject += len(nobody)
-        texts: list[bytes] = []
+        theirs: list[bytes] = []
         if len(nobody) < len(values):
-            texts = self._encrypt(
+            theirs = self._encrypt(
                 parts,
-                list(compress(range(len(values)), subjects)),
                 list(compress(values, subjects)),
                 list(compress(contexts, subjects)),
                 list(filter(None, subjects)),
+                lambda index: next(islice(compress(count(), subjects), index, None)),
             )
         others = self._encrypt(
-            parts, nobody, [values[place] for place in nobody], [contexts[place] for place in nobody], None
+            parts,
+            [values[place] for place in nobody],
+            [contexts[place] for place in nobody],
+            None,
+            nobody.__getitem__,
         )
-        for place, text in zip(nobody, others, strict=True):
-            texts.insert(place, text)  # in ascending order, so that each lands where it belongs
-        return texts
+        return _merged(theirs, others, nobody)
 
     def _encrypt(
         self,
         parts: Sequence[Part],
-        places: Sequence[int],
         values: list[bytes],
         contexts: list[dict[str, str]],
         subjects: list[str] | None,
+        place: Callable[[int], int],
     ) -> list[bytes]:
+        """Encrypt some values; ``place`` says where among all of them the value at an index is."""
         try:
             if subjects is None:
                 return self._service.encrypt_many(values, contexts=contexts)
@@ -231,7 +235,7 @@ class ColumnCipher:
         except OpenKCMError as error:
             if error.index is None:
                 raise
-            raise at(error, *_place(parts, places[error.index])) from error
+            raise at(error, *_place(parts, place(error.index))) from error
 
     def unprotect(self, parts: Sequence[Part]) -> list[list[bytes | None]]:
         """Return the plaintext of each value, part by part; None where it was shredded and is left blank.
@@ -321,6 +325,26 @@ class ColumnCipher:
 
 def _flat(sequences: Sequence[Sequence[T]]) -> list[T]:
     return list(chain.from_iterable(sequences))
+
+
+def _places_of(wanted: T, items: list[T]) -> list[int]:
+    """Where an item is, which is rarely."""
+    places: list[int] = []
+    with suppress(ValueError):
+        while True:
+            places.append(items.index(wanted, places[-1] + 1 if places else 0))
+    return places
+
+
+def _merged(most: list[T], others: list[T], places: list[int]) -> list[T]:
+    """Put the others back among the most, each at its place; the places ascend."""
+    merged: list[T] = []
+    start = 0
+    for passed, (place, other) in enumerate(zip(places, others, strict=True)):
+        merged += most[start : place - passed]
+        merged.append(other)
+        start = place - passed
+    return merged + most[start:]
 
 
 def _like(parts: Sequence[Part], results: list[T]) -> list[list[T]]:

@@ -7,10 +7,11 @@ error stands at each position that failed. A chunk is small enough that a kill d
 
 from __future__ import annotations
 
+import itertools
 import operator
 from array import array
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any, Final, Literal, TypeAlias
 
 from ..context import Buffer, Context, encode_context
@@ -67,7 +68,7 @@ def encode_contexts(context: Context, contexts: Sequence[Context] | None, count:
 
 def _runs(items: list[Any]) -> Iterator[tuple[int, int]]:
     """Start and stop of each run of one and the same object."""
-    same = bytes(map(operator.is_, items, islice(items, 1, None)))
+    same = bytes(map(operator.is_, items, itertools.islice(items, 1, None)))
     start = 0
     while start < len(items):
         change = same.find(0, start)
@@ -111,17 +112,16 @@ def _size(records: list[Any], start: int, stop: int) -> int:
 
 def index_of(keys: Sequence[Any]) -> tuple[list[Any], array[int] | None]:
     """The distinct keys in order of appearance, and for each item the position of its key (None if all differ)."""
+    # A key that is not there yet gets the next number: one look-up for each item is all there is.
+    places: defaultdict[Any, int] = defaultdict(itertools.count().__next__)
     try:
-        positions = dict.fromkeys(keys)
+        index = list(map(places.__getitem__, keys))
     except TypeError:
         raise InvalidInput("a subject is text, and one of these is not") from None
-    distinct = list(positions)
-    if len(distinct) == len(keys):
+    distinct = list(places)
+    if len(distinct) == len(keys) or len(distinct) == 1:
         return distinct, None
-    if len(distinct) == 1:
-        return distinct, None
-    places = dict(zip(distinct, range(len(distinct)), strict=True))
-    return distinct, array("I", map(places.__getitem__, keys))
+    return distinct, array("I", index)
 
 
 class Groups:

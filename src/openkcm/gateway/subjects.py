@@ -65,8 +65,7 @@ class SubjectKeys:
         """Open the keys of distinct subjects, in their order, making those that there are not yet."""
         hashes = self._hash_all(subjects)
         for _ in range(_TRIES):
-            found = self._find_or_make(hashes)
-            opened, destroyed = self._unwrap([found[each] for each in hashes])
+            opened, destroyed = self._unwrap(self._find_or_make(hashes))
             if opened is not None:
                 return opened
             self._drop_destroyed(destroyed)
@@ -82,19 +81,24 @@ class SubjectKeys:
         known = self._hashes
         if len(known) > CACHED:
             known.clear()
-        return [known.get(each) or known.setdefault(each, self.hash(each)) for each in subjects]
+        hashes = list(map(known.get, subjects))
+        return [
+            each or known.setdefault(name, self.hash(name))
+            for name, each in zip(subjects, hashes, strict=True)
+        ]
 
-    def _find_or_make(self, hashes: Sequence[bytes]) -> Mapping[bytes, StoredKey]:
-        found = {each: key for each in hashes if (key := self._by_subject.get(each)) is not None}
-        missing = [each for each in hashes if each not in found]
-        if missing:
+    def _find_or_make(self, hashes: Sequence[bytes]) -> list[StoredKey]:
+        known = list(map(self._by_subject.get, hashes))
+        found = {key.subject: key for key in known if key is not None}
+        if len(found) < len(hashes):
+            missing = [each for each in hashes if each not in found]
             stored = self._store.find_subjects(self._service.service_id, missing)
             found.update(stored)
             fresh = [each for each in missing if each not in stored]
             if fresh:
                 found.update(self._make(fresh))
             self._remember(found[each] for each in missing)
-        return found
+        return [found[each] for each in hashes]
 
     def _make(self, hashes: Sequence[bytes]) -> Mapping[bytes, StoredKey]:
         count = len(hashes)
