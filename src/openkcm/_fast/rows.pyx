@@ -9,9 +9,9 @@ become objects; a row of many columns costs little more than its bytes.
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.list cimport PyList_GET_ITEM, PyList_New, PyList_SET_ITEM
 from cpython.ref cimport Py_INCREF
-from libc.stdint cimport uint8_t, uint16_t, uint32_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from .secret cimport invalid_error
 
@@ -44,20 +44,33 @@ cdef inline Py_ssize_t base64_size(Py_ssize_t size) noexcept nogil:
 
 cdef void base64_encode(uint8_t *target, const uint8_t *data, Py_ssize_t size) noexcept nogil:
     cdef uint8_t last[3]
+    cdef uint64_t word
     cdef uint32_t bits
-    while size >= 3:
-        bits = <uint32_t>data[0] << 16 | <uint32_t>data[1] << 8 | data[2]
+    while size >= 8:
+        # Eight bytes in one load, six of them used.
+        word = (<uint64_t>data[0] << 56 | <uint64_t>data[1] << 48 | <uint64_t>data[2] << 40 | <uint64_t>data[3] << 32
+                | <uint64_t>data[4] << 24 | <uint64_t>data[5] << 16 | <uint64_t>data[6] << 8 | <uint64_t>data[7])
+        memcpy(target, PAIRS + 2 * (word >> 52), 2)
+        memcpy(target + 2, PAIRS + 2 * (word >> 40 & 4095), 2)
+        memcpy(target + 4, PAIRS + 2 * (word >> 28 & 4095), 2)
+        memcpy(target + 6, PAIRS + 2 * (word >> 16 & 4095), 2)
+        target += 8
+        data += 6
+        size -= 6
+    while size > 0:
+        last[0] = data[0]
+        last[1] = data[1] if size > 1 else 0
+        last[2] = data[2] if size > 2 else 0
+        bits = <uint32_t>last[0] << 16 | <uint32_t>last[1] << 8 | last[2]
         memcpy(target, PAIRS + 2 * (bits >> 12), 2)
         memcpy(target + 2, PAIRS + 2 * (bits & 4095), 2)
+        if size < 3:
+            target[3] = b"="
+        if size < 2:
+            target[2] = b"="
         target += 4
         data += 3
         size -= 3
-    if size:
-        last[0], last[1], last[2] = data[0], data[1] if size == 2 else 0, 0
-        base64_encode(target, last, 3)
-        target[3] = b"="
-        if size == 1:
-            target[2] = b"="
 
 
 # ---- finding fields ------------------------------------------------------------------------------------
@@ -70,13 +83,23 @@ cdef struct Shape:
 
 
 cdef void count_marks(const uint8_t *data, Py_ssize_t size, uint8_t delimiter, Shape *shape) noexcept nogil:
-    cdef Py_ssize_t at, rows = 0, delimiters = 0, returns = 0, quotes = 0
-    for at in range(size):
-        rows += data[at] == NEWLINE
-        delimiters += data[at] == delimiter
-        returns += data[at] == RETURN
-        quotes += data[at] == QUOTE
-    shape.rows, shape.delimiters, shape.returns, shape.quotes = rows, delimiters, returns, quotes
+    cdef uint8_t rows, delimiters, returns, quotes
+    cdef Py_ssize_t at = 0, stop
+    memset(shape, 0, sizeof(Shape))
+    while at < size:
+        # No byte counts to more than 255, so that a compiler can count as many bytes at once as a register holds.
+        stop = at + 255 if size - at > 255 else size
+        rows = delimiters = returns = quotes = 0
+        while at < stop:
+            rows = <uint8_t>(rows + (data[at] == NEWLINE))
+            delimiters = <uint8_t>(delimiters + (data[at] == delimiter))
+            returns = <uint8_t>(returns + (data[at] == RETURN))
+            quotes = <uint8_t>(quotes + (data[at] == QUOTE))
+            at += 1
+        shape.rows += rows
+        shape.delimiters += delimiters
+        shape.returns += returns
+        shape.quotes += quotes
 
 
 cdef bint find_fields(const uint8_t *data, Py_ssize_t size, uint8_t delimiter, Py_ssize_t columns, bint returns,
