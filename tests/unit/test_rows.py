@@ -100,7 +100,8 @@ def test_what_does_not_fit_is_refused() -> None:
     refused(lambda: rows.replace(0, [b""] * 2), InvalidInput)
     refused(lambda: rows.replace(0, [b"", "", b""]), TypeError)
     refused(lambda: rows.replace(0, [b"", bytearray(), b""]), TypeError)
-    refused(lambda: crypto.split_rows(DATA, 3, b"", b"\n"), InvalidInput)
+    for delimiter in (b"", b",,", b"\n", b"\r", b'"'):
+        refused(lambda mark=delimiter: crypto.split_rows(DATA, 2, mark, b"\n"), InvalidInput)
     refused(lambda: crypto.split_rows(DATA, 3, b",", b"\r"), InvalidInput)
     assert rows.dump() == DATA
 

@@ -137,7 +137,7 @@ def split_rows(bytes data not None, Py_ssize_t columns, bytes delimiter not None
     cdef Shape shape
     cdef uint8_t mark
     cdef bint whole
-    if PyBytes_GET_SIZE(delimiter) != 1 or not (returns or end == b"\n"):
+    if PyBytes_GET_SIZE(delimiter) != 1 or delimiter in b'\n\r"' or not (returns or end == b"\n"):
         raise invalid_error()("a delimiter is one byte, and a line end a newline with or without a carriage return")
     if columns < 2 or size == 0 or size > MAX_TEXT or text[size - 1] != NEWLINE:
         return None

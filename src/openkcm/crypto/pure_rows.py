@@ -78,7 +78,7 @@ def split_rows(data: bytes, columns: int, delimiter: bytes, end: bytes) -> FlatR
         delimiter: one byte.
         end: a newline, or a carriage return and a newline.
     """
-    if len(delimiter) != 1 or end not in (b"\n", b"\r\n"):
+    if len(delimiter) != 1 or delimiter in b'\n\r"' or end not in (b"\n", b"\r\n"):
         raise InvalidInput(
             "a delimiter is one byte, and a line end a newline with or without a carriage return"
         )
