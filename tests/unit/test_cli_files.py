@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -122,6 +124,7 @@ def test_a_device_is_written_to() -> None:
 
 HALF_DONE = """
 import sys
+import threading
 from openkcm.cli import files
 with files.writing(sys.argv[1], force=True) as target:
     target.write(b"x" * 5_000_000)
@@ -154,3 +157,59 @@ def test_size(tmp_path: Path) -> None:
     with files.reading(str(tmp_path / "file")) as source:
         assert files.size_of(source) == 3
     assert files.size_of(io.BytesIO(b"123")) is None
+
+
+def test_blocks_written_behind_arrive_in_order(tmp_path: Path) -> None:
+    blocks = [bytes([at]) * 2_000_000 for at in range(5)]
+    with files.writing(str(tmp_path / "file")) as target, files.behind(target) as write:
+        for block in blocks:
+            write(block)
+    assert (tmp_path / "file").read_bytes() == b"".join(blocks)
+
+
+class Full(io.BytesIO):
+    """A regular file on a disk that is full."""
+
+    def __init__(self, like: Path) -> None:
+        super().__init__()
+        self._like = like.open("rb")
+        self.tried = 0
+
+    def fileno(self) -> int:
+        return self._like.fileno()
+
+    def write(self, data: object) -> int:
+        self.tried += 1
+        raise OSError(errno.ENOSPC, "no space left")
+
+    def close(self) -> None:
+        self._like.close()
+        super().close()
+
+
+@pytest.mark.parametrize(("blocks", "reached"), [(1, True), (2, False)])
+def test_a_write_behind_that_fails_is_not_lost(tmp_path: Path, blocks: int, reached: bool) -> None:
+    """The next write says so, or the end where there is none; what stands behind is not tried."""
+    (tmp_path / "file").write_bytes(b"")
+    after = []
+    with Full(tmp_path / "file") as target:
+        with pytest.raises(OSError, match="no space left"), files.behind(target) as write:
+            for _ in range(blocks):
+                write(b"block")
+            after.append(True)
+        assert target.tried == 1
+    assert bool(after) is reached
+
+
+def test_what_is_no_file_is_written_at_once() -> None:
+    here = threading.get_ident()
+    writers = []
+
+    class Pipe(io.BytesIO):
+        def write(self, data: object) -> int:
+            writers.append(threading.get_ident())
+            return 0
+
+    with files.behind(Pipe()) as write:
+        write(b"block")
+        assert writers == [here]

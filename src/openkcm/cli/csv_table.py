@@ -21,6 +21,7 @@ from typing import BinaryIO, Final, Protocol
 
 from ..crypto import FlatRows, split_rows
 from ..errors import FormatError, InvalidInput
+from .files import behind
 from .tables import (
     ColumnCipher,
     Columns,
@@ -308,18 +309,19 @@ class CsvTable:
     ) -> Counts:
         table, counts = CsvSource(source, self._delimiter), self._cipher.counts
         places = {name: table.index(name) for name in self._columns.named}
-        target.write(table.raw_header)
-        counts.written += len(table.raw_header)
-        for block in table.blocks():
-            if not self._columns.protected:
-                self._find_protected(block, table)
-                places = {name: table.index(name) for name in self._columns.named}
-            change(block, places)
-            data = table.close(block.dump())
-            target.write(data)
-            counts.rows += len(block.lines)
-            counts.written += len(data)
-            self._progress(table.read)
+        with behind(target) as write:
+            write(table.raw_header)
+            counts.written += len(table.raw_header)
+            for block in table.blocks():
+                if not self._columns.protected:
+                    self._find_protected(block, table)
+                    places = {name: table.index(name) for name in self._columns.named}
+                change(block, places)
+                data = table.close(block.dump())
+                write(data)
+                counts.rows += len(block.lines)
+                counts.written += len(data)
+                self._progress(table.read)
         counts.read = table.read
         counts.columns = self._columns.protected
         return counts
