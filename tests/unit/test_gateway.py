@@ -466,6 +466,21 @@ def test_a_restored_key_store_resurrects_nobody(tmp_path: Path) -> None:
             assert handle._subjects._store.count(handle.service_id) == 2
 
 
+def test_a_shredded_name_is_not_kept_and_kept_ones_are_few(
+    service: ServiceHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("openkcm.gateway.subjects.CACHED", 10)
+    kept = service._subjects._hashes
+    blob = service.encrypt(b"x", subject="a")
+    assert list(kept) == ["a"]
+    service.shred("a")
+    assert not kept
+    for number in range(25):
+        service.encrypt(b"x", subject=f"user-{number}")
+        assert len(kept) <= 11
+    refused(lambda: service.decrypt(blob), KeyDestroyed)
+
+
 def test_another_gateway_shreds(core: openkcm.Core, tmp_path: Path) -> None:
     """A Gateway that still has the wrapped key cached neither decrypts nor encrypts under it."""
     with openkcm.Core.open(url(tmp_path)) as second:

@@ -224,8 +224,6 @@ class SubjectKeys:
             self._core.shred_keys(self._service, b"".join(ids))
             self.forget(ids)
             self._store.remove(self._service.service_id, ids)
-        for subject in subjects:
-            self._hashes.pop(subject, None)  # not even the name is kept
         return len(ids)
 
     def after_fork(self) -> None:
@@ -234,11 +232,12 @@ class SubjectKeys:
 
     def forget(self, ids: Sequence[bytes] | None = None) -> None:
         """Drop cached wrapped keys: these, or all."""
+        # Ids do not say which names were theirs, and of a subject that is shredded not even the name is kept.
+        self._hashes.clear()
         with self._lock:
             if ids is None:
                 self._by_id.clear()
                 self._by_subject.clear()
-                self._hashes.clear()
                 return
             for key_id in ids:
                 key = self._by_id.pop(key_id, None)
