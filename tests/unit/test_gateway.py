@@ -466,6 +466,13 @@ def test_a_restored_key_store_resurrects_nobody(tmp_path: Path) -> None:
             assert handle._subjects._store.count(handle.service_id) == 2
 
 
+@pytest.mark.parametrize("subject", [["a"], {"a": 1}, b"a", 7])
+def test_a_subject_that_is_no_text_is_refused(service: ServiceHandle, subject: Any) -> None:
+    service.encrypt(b"x", subject="a")
+    refused(lambda: service.encrypt(b"x", subject=subject), InvalidInput)
+    refused(lambda: service.encrypt_many([b"x", b"y"], subjects=["a", subject]), InvalidInput)
+
+
 def test_a_shredded_name_is_not_kept_and_kept_ones_are_few(
     service: ServiceHandle, monkeypatch: pytest.MonkeyPatch
 ) -> None:

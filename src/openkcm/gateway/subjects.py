@@ -81,7 +81,10 @@ class SubjectKeys:
         known = self._hashes
         if len(known) > CACHED:
             known.clear()
-        hashes = list(map(known.get, subjects))
+        try:
+            hashes = list(map(known.get, subjects))
+        except TypeError:
+            return [self.hash(each) for each in subjects]  # one of them is no text, which it says
         return [
             each or known.setdefault(name, self.hash(name))
             for name, each in zip(subjects, hashes, strict=True)
