@@ -46,19 +46,27 @@ $(VENV)/.native: $(VENV)/.base setup.py $(NATIVE_SOURCES)
 demo: $(VENV)/.native  ## Two airlines' real flights under their own root keys; one pulls the plug
 	@$(BIN)/openkcm demo $(ARGS)
 
-# What speaks to providers waits more than it computes, and knows nothing of the backends: once, two at a time.
-ROOT_TESTS := $(sort $(wildcard tests/unit/test_root_*.py tests/unit/test_testing_*.py tests/unit/test_tcp_proxy.py))
+# One backend's tests: two at a time, but for those that hold a promise under load, which a busy machine would break.
+define backend_tests
+echo "== the $(2) backend"; \
+OPENKCM_BACKEND=$(1) $(PYTEST) -n 2 tests/unit tests/contract tests/fuzz </dev/null || status=1; \
+OPENKCM_BACKEND=$(1) $(PYTEST) tests/adversarial </dev/null || status=1;
+endef
 
-# The rest not in parallel: some tests hold a promise in seconds (a kill is seen within one), which a busy machine
-# would break. ARGS runs just what it names, on both backends.
-test: $(VENV)/.native $(VENV)/.dev  ## The test suite: the roots, then everything else once on each backend
+# Each provider's own tests know nothing of the backends, and run once. ARGS runs just what it names, on both backends.
+test: $(VENV)/.native $(VENV)/.dev  ## The test suite: each provider, then everything else once on each backend
+ifeq ($(ARGS),)
 	@status=0; \
-	$(if $(ARGS),,echo "== roots of trust"; OPENKCM_BACKEND=fast $(PYTEST) -n 2 $(ROOT_TESTS) </dev/null || status=1;) \
-	echo "== the native backend"; \
-	OPENKCM_BACKEND=fast $(PYTEST) $(or $(ARGS),$(ROOT_TESTS:%=--ignore=%)) </dev/null || status=1; \
-	echo "== the Python backend"; \
-	OPENKCM_BACKEND=python $(PYTEST) $(or $(ARGS),$(ROOT_TESTS:%=--ignore=%)) </dev/null || status=1; \
+	echo "== roots of trust"; $(PYTEST) -n 2 tests/roots </dev/null || status=1; \
+	$(call backend_tests,fast,native) \
+	$(call backend_tests,python,Python) \
 	exit $$status
+else
+	@status=0; \
+	OPENKCM_BACKEND=fast $(PYTEST) $(ARGS) </dev/null || status=1; \
+	OPENKCM_BACKEND=python $(PYTEST) $(ARGS) </dev/null || status=1; \
+	exit $$status
+endif
 
 lint: $(VENV)/.dev  ## ruff check, ruff format --check and mypy --strict
 	@status=0; \

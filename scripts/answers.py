@@ -39,8 +39,7 @@ are the provider's, or its SDK's, as an operator would look them up, and stand i
 added in parentheses here is told apart by the answer's text or details. What is not in a table is *misconfigured
 here*: unknown answers never get grace.
 
-Each row is tested: over the wire, by the provider's own SDK or module, where `tests/unit/test_root_*.py` does not say
-otherwise.
+Each row is tested: over the wire, by the provider's own SDK or module, where `tests/roots` does not say otherwise.
 """
 
 
