@@ -24,12 +24,12 @@ help:  ## List the targets
 # --- the environment: each stamp stands for a step that is done ------------------------------------------------
 
 $(VENV)/.base: pyproject.toml scripts/bootstrap
-	$(BOOTSTRAP) system $(if $(filter demo native,$(MAKECMDGOALS)),,gdb)
+	$(BOOTSTRAP) system $(if $(filter demo native,$(MAKECMDGOALS)),,tests)
 	$(BOOTSTRAP) python pkcs11
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(BOOTSTRAP) system gdb
+	$(BOOTSTRAP) system tests
 	$(BOOTSTRAP) python dev
 	@touch $@
 

@@ -8,35 +8,31 @@ from __future__ import annotations
 
 import itertools
 import os
-import secrets
-import subprocess
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from openkcm.roots import pkcs11
-from openkcm.roots.pkcs11 import create_token_key
+from openkcm.roots import pkcs11_softhsm
+from openkcm.roots.base import ANSWER_SECONDS
+from openkcm.roots.pkcs11_keys import AES, create_token_key
+from openkcm.roots.pkcs11_modules import module_at
+from openkcm.roots.pkcs11_uri import PKCS11URI
 
-MODULES = (
-    "/usr/lib/softhsm/libsofthsm2.so",
-    "/usr/lib/x86_64-linux-gnu/softhsm/libsofthsm2.so",
-    "/usr/lib/aarch64-linux-gnu/softhsm/libsofthsm2.so",
-)
 _numbers = itertools.count(1)
 
 
 def find_module() -> str:
     """The module's path; without SoftHSM2 the tests that need it fail and say what to install."""
-    for module in MODULES:
-        if Path(module).is_file():
-            return module
-    pytest.fail("SoftHSM2 is not installed: apt-get install softhsm2")
+    return pkcs11_softhsm.find_module() or pytest.fail("SoftHSM2 is not installed: apt-get install softhsm2")
 
 
 @dataclass
 class Token:
-    """A token with one root key."""
+    """A token with one root key; ``folder`` is where all tokens are, ``place`` where this one is."""
 
     module: str
     folder: Path
@@ -44,42 +40,53 @@ class Token:
     pin: str = field(repr=False)
     pin_file: Path
     uri: str = ""
+    place: Path = Path()
 
-    def add_key(self, label: str, key_id: bytes) -> str:
+    def add_key(self, label: str, key_id: bytes, kind: str = AES) -> str:
         """Make another key; its root URI."""
-        return create_token_key(self.module, self.label, f"file:{self.pin_file}", label, key_id)
+        return create_token_key(self.module, self.label, f"file:{self.pin_file}", label, key_id, kind=kind)
+
+    def remove_key(self, label: str) -> None:
+        """Destroy a key, in a session beside the one that roots use."""
+        from pkcs11 import Attribute
+
+        uri = PKCS11URI(token=self.label)
+
+        def destroy(session: Any) -> None:
+            for found in list(session.get_objects({Attribute.LABEL: label})):
+                found.destroy()
+
+        module_at(self.module).use(
+            f"file:{self.pin_file}",
+            lambda module, pin, started: module.write(uri, pin, destroy),
+            ANSWER_SECONDS,
+        )
 
 
 @pytest.fixture(scope="session")
 def softhsm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Point SoftHSM2 at a folder of the tests."""
     folder = tmp_path_factory.mktemp("softhsm")
-    (folder / "tokens").mkdir()
-    configuration = folder / "softhsm2.conf"
-    configuration.write_text(
-        f"directories.tokendir = {folder / 'tokens'}\nobjectstore.backend = file\nlog.level = ERROR\n"
-    )
-    os.environ["SOFTHSM2_CONF"] = str(configuration)
+    os.environ[pkcs11_softhsm.CONFIGURATION_VARIABLE] = str(pkcs11_softhsm.configure(folder))
     return folder
 
 
 @pytest.fixture
-def token(softhsm_folder: Path) -> Token:
-    """A fresh token with a non-extractable AES-256 key."""
+def token(softhsm_folder: Path) -> Iterator[Token]:
+    """A fresh token with a non-extractable AES-256 key; it goes away with the test."""
     module = find_module()
-    number = next(_numbers)
-    label, pin = f"test-{number}", secrets.token_hex(8)
-    pin_file = softhsm_folder / f"pin-{number}"
-    pin_file.touch(mode=0o600)
-    pin_file.write_text(pin + "\n")
-    subprocess.run(
-        ["softhsm2-util", "--init-token", "--free", "--label", label, "--pin", pin, "--so-pin", pin],
-        check=True,
-        capture_output=True,
-        timeout=60,
-    )
+    made = pkcs11_softhsm.init_token(softhsm_folder, f"test-{next(_numbers)}")
     # The module in this process listed its tokens before; let it look again.
-    pkcs11._reloaded.clear()
-    made = Token(module, softhsm_folder, label, pin, pin_file)
-    made.uri = made.add_key("root", b"\x01")
-    return made
+    module_at(module).forget_tokens()
+    token = Token(
+        module,
+        softhsm_folder,
+        made.label,
+        made.pin_file.read_text(),
+        made.pin_file,
+        place=made.folder,
+    )
+    token.uri = token.add_key("root", b"\x01")
+    yield token
+    shutil.rmtree(token.place, ignore_errors=True)
+    module_at(module).forget_tokens()

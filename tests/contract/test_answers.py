@@ -32,7 +32,7 @@ def test_every_row_is_named_in_that_providers_tests(module: str) -> None:
     """Each provider's tests are parametrised over its table, or name each row."""
     answers = import_module(f"openkcm.roots.{module}").ANSWERS
     provider = re.split("[._]", module)[0]
-    files = sorted((ROOT / "tests" / "unit").glob(f"test_root_{provider}*.py"))
+    files = sorted((ROOT / "tests" / "roots").glob(f"test_{provider}*.py"))
     assert files
     text = "".join(path.read_text() for path in files)
     over_table = re.search(

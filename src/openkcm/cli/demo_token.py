@@ -7,25 +7,17 @@ Invariant: no token outside that directory is seen or touched, and the key in it
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Final
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, RootMisconfigured
+from ..roots.pkcs11_keys import create_token_key
+from ..roots.pkcs11_softhsm import CONFIGURATION_VARIABLE, MODULES, configure, find_module, init_token
 
-MODULES: Final = (
-    "/usr/lib/softhsm/libsofthsm2.so",
-    "/usr/lib64/pkcs11/libsofthsm2.so",
-    "/usr/lib64/softhsm/libsofthsm2.so",
-    "/usr/local/lib/softhsm/libsofthsm2.so",
-    "/opt/homebrew/lib/softhsm/libsofthsm2.so",
-)
+__all__ = ["MODULES", "NoToken", "make_token"]
+
 TOKEN: Final = "united"
 LABEL: Final = "root"
-PIN_NAME: Final = "pin"
-PIN_DIGITS: Final = 8
 
 
 class NoToken(ConfigurationError):
@@ -43,26 +35,12 @@ def make_token(directory: Path) -> str:
         NoToken: SoftHSM2 is missing, or refuses.
         RootMisconfigured: python-pkcs11 is missing.
     """
-    module = next((path for path in MODULES if Path(path).is_file()), None)
-    utility = shutil.which("softhsm2-util")
-    if module is None or utility is None:
+    module = find_module()
+    if module is None:
         raise NoToken("the demo needs SoftHSM2, a software HSM, for the first customer's root key")
-    tokens = directory / "tokens"
-    tokens.mkdir()
-    configuration = directory / "softhsm2.conf"
-    configuration.write_text(f"directories.tokendir = {tokens}\nlog.level = ERROR\n")
-    os.environ["SOFTHSM2_CONF"] = str(configuration)
-    pin, officer_pin = (f"{secrets.randbelow(10**PIN_DIGITS):0{PIN_DIGITS}}" for _ in range(2))
-    # The utility takes PINs as arguments only; these two live as long as the demo.
-    pins = ("--pin", pin, "--so-pin", officer_pin)
-    command = (utility, "--init-token", "--free", "--label", TOKEN, *pins)
-    done = subprocess.run(command, capture_output=True, check=False, timeout=60)
-    if done.returncode:
-        raise NoToken("softhsm2-util could not make a token")
-    pin_file = directory / PIN_NAME
-    pin_file.touch(0o600)
-    pin_file.write_text(pin)
-
-    from ..roots.pkcs11 import create_token_key
-
-    return create_token_key(module, TOKEN, f"file:{pin_file}", LABEL)
+    os.environ[CONFIGURATION_VARIABLE] = str(configure(directory))
+    try:
+        token = init_token(directory, TOKEN)
+    except RootMisconfigured as error:
+        raise NoToken(str(error)) from None
+    return create_token_key(module, TOKEN, token.pin_source, LABEL)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``pkcs11:`` URIs (RFC 7512), as far as they name a secret key on a token.
+"""``pkcs11:`` URIs (RFC 7512), as far as they name a secret or private key on a token.
 
 Invariant: strict. An attribute that is unknown, repeated, empty or malformed is refused, and so is a PIN inside the
 URI: URIs are stored, logged and typed on command lines.
@@ -16,12 +16,17 @@ from ..errors import RootMisconfigured
 
 _PATH: Final = {"token", "serial", "manufacturer", "model", "slot-id", "object", "id", "type"}
 _QUERY: Final = {"module-path", "pin-source"}
+SECRET_KEY: Final = "secret-key"
+PRIVATE_KEY: Final = "private"
 _VALUE: Final = re.compile(r"(?:[A-Za-z0-9._~!$'()*+,=:@/&\[\]-]|%[0-9A-Fa-f]{2})+", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class PKCS11URI:
-    """A parsed URI; ``id`` is bytes, everything else text, None where it is not given."""
+    """A parsed URI; ``id`` is bytes, everything else text, None where it is not given.
+
+    ``type`` is ``secret-key`` for an AES key, which it is where none is given, or ``private`` for an RSA key.
+    """
 
     token: str | None = None
     serial: str | None = None
@@ -32,19 +37,24 @@ class PKCS11URI:
     id: bytes | None = None
     module_path: str | None = None
     pin_source: str | None = None
+    type: str = SECRET_KEY
 
     def __str__(self) -> str:
         """The canonical URI; parsing it gives the same again."""
         path = [f"{name}={quote(str(value), safe='')}" for name, value in self._path() if value is not None]
         if self.id is not None:
             path.append("id=" + "".join(f"%{byte:02x}" for byte in self.id))
-        path.append("type=secret-key")
+        path.append(f"type={self.type}")
         query = [
             f"{name}={quote(value, safe='/:')}"
             for name, value in (("module-path", self.module_path), ("pin-source", self.pin_source))
             if value is not None
         ]
         return "pkcs11:" + ";".join(path) + ("?" + "&".join(query) if query else "")
+
+    def token_part(self) -> tuple[str | int | None, ...]:
+        """What of it names the token."""
+        return self.token, self.serial, self.manufacturer, self.model, self.slot_id
 
     def _path(self) -> list[tuple[str, str | int | None]]:
         return [
@@ -67,8 +77,9 @@ def parse_pkcs11_uri(uri: str) -> PKCS11URI:
         raise RootMisconfigured("a PKCS#11 root starts with pkcs11:")
     path, _, query = uri.removeprefix("pkcs11:").partition("?")
     given = _attributes(path, ";", _PATH) | _attributes(query, "&", _QUERY)
-    if given.pop("type", b"secret-key") != b"secret-key":
-        raise RootMisconfigured("a root is a secret key: type=secret-key")
+    kind = _text(given.pop("type", None)) or SECRET_KEY
+    if kind not in (SECRET_KEY, PRIVATE_KEY):
+        raise RootMisconfigured("a root is an AES key, type=secret-key, or an RSA key, type=private")
     key_id = given.pop("id", None)
     slot = _text(given.pop("slot-id", None))
     if slot is not None and not re.fullmatch(r"0|[1-9][0-9]{0,19}", slot, re.ASCII):
@@ -85,6 +96,7 @@ def parse_pkcs11_uri(uri: str) -> PKCS11URI:
         id=key_id,
         module_path=_text(given.get("module-path")),
         pin_source=_text(given.get("pin-source")),
+        type=kind,
     )
 
 
