@@ -40,17 +40,7 @@ class DataKeys:
         self._tombstones = tombstones
 
     def wrap(self, service: Service, keys: SecretKeys, kind: Kind, ids: bytes = b"") -> WrappedKeys:
-        """Wrap data keys under the service's active key.
-
-        Args:
-            keys: at most ``limits.MAX_KEYS_PER_CALL``.
-            ids: n x 16 bytes for stored kinds, else nothing.
-
-        Raises:
-            TenantDark, RootUnavailable: the service's key may not, or cannot, be used.
-            ServiceNotFound, TenantNotFound, KeyDestroyed: there is none, or none any more.
-            DecryptError: the service's own key was altered in the store.
-        """
+        """As ``Core.wrap_keys``."""
         if type(kind) is not Kind:
             raise InvalidInput(f"a kind is an openkcm.Kind, not {type(kind).__name__}")
 
@@ -61,12 +51,7 @@ class DataKeys:
         return self._with_key(service, None, wrap)
 
     def unwrap(self, service: Service, wrapped: WrappedKeys) -> tuple[SecretKeys, Mapping[int, OpenKCMError]]:
-        """Open wrapped data keys; the mapping has the error of each position that did not open.
-
-        Raises:
-            LimitExceeded: more than ``limits.MAX_KEYS_PER_CALL`` keys.
-            TenantDark, RootUnavailable, ServiceNotFound, TenantNotFound: nothing was tried.
-        """
+        """As ``Core.unwrap_keys``."""
         blobs, failures = self._without_shredded(service, wrapped)
 
         def unwrap(held: ServiceKey) -> tuple[SecretKeys, list[int]]:
@@ -81,10 +66,7 @@ class DataKeys:
     def rewrap(
         self, service: Service, wrapped: WrappedKeys
     ) -> tuple[WrappedKeys, Mapping[int, OpenKCMError]]:
-        """Move wrapped data keys under the active service key.
-
-        Positions that did not open are zeros, and the mapping has the error of each. Raises as ``unwrap_keys``.
-        """
+        """As ``Core.rewrap_keys``."""
         blobs, failures = self._without_shredded(service, wrapped)
 
         def rewrap(old: ServiceKey) -> tuple[WrappedKeys, list[int]]:
