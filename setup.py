@@ -97,7 +97,7 @@ def extensions() -> list[Extension]:
     # Python's headers as a system's, which silences their warnings and none of ours.
     headers = [f"-isystem{sysconfig.get_path(name)}" for name in ("include", "platinclude")]
     compile_args = ["-std=gnu11", "-pthread", *headers, *WARNINGS, *compile_args]
-    link_args = ["-pthread", *link_args]
+    link_args = ["-pthread", *link_args, "-ldl"]
     if SANITIZE:
         flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
         compile_args += ["-O1", "-g", *flags]

@@ -7,35 +7,23 @@ USENIX Security 2022) verified; otherwise the output is wiped. Every nonce is dr
 its inputs and allocates its exact outputs, runs one C loop with the GIL released, then maps the status.
 """
 
-from cpython.buffer cimport PyBUF_SIMPLE
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from cpython.list cimport PyList_GET_ITEM, PyList_New, PyList_SET_ITEM
-from cpython.memoryview cimport PyMemoryView_FromObject, PyMemoryView_GET_BUFFER
-from cpython.object cimport PyObject
-from cpython.ref cimport Py_INCREF
+from cpython.list cimport PyList_GET_ITEM
 from libc.stdint cimport uint8_t, uint32_t
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
+from .batch cimport ALONE, Batch, Item, pin
 from .gcm cimport (
-    gcm_more_aad, gcm_new, gcm_open_end, gcm_open_part, gcm_open_start, gcm_seal_end, gcm_seal_part,
-    gcm_seal_start,
+    Gcm, gcm_begin, gcm_end, gcm_open, gcm_open_end, gcm_part, gcm_seal, gcm_seal_end, gcm_start, random_public,
 )
 from .openssl cimport *
 from .secret cimport *
 
 cdef enum:
-    VERSION = 4
-    JOINED = 512                    # associated data up to here is put together for one call
-    SMALL = 2048                    # records up to here are ciphered in one call through a scratch buffer
-    PARALLEL_ITEMS = 16             # below these two, releasing the GIL costs more than it gives
-    PARALLEL_BYTES = 16384
-    ARENA = 1048576                 # CPython's unit of taking memory from the system, since 3.10
-    POOLED = 512                    # larger objects do not come from an arena
-    BYTES_HEAD = 48
-    ANCHORS = 8                     # at most 8 MiB kept
+    JOINED = 512                    # associated data up to here is put together on the stack
+    PARALLEL_BYTES = 16384          # below this, releasing the GIL costs more than it gives
     NONCE_BATCH = 1024              # record nonces drawn at a time within a batch
-    MAX_SORTED = 2147483647
 
 cdef Py_ssize_t MAX_RECORD = 2**31 - 1024
 cdef uint8_t[COMMITMENT] ZEROS
@@ -43,186 +31,45 @@ memset(ZEROS, 0, COMMITMENT)
 
 # ---- one record ----------------------------------------------------------------------------------------
 
-cdef int seal_record(EVP_CIPHER_CTX *context, const uint8_t *data, Py_ssize_t size, uint8_t *output) noexcept nogil:
-    """The tail of an envelope: ciphertext of zeros and plaintext, then the tag. The context is started."""
+cdef int seal_record(Gcm *cipher, const uint8_t *key, const uint8_t *nonce, const uint8_t *aad, int aad_size,
+                     const uint8_t *data, Py_ssize_t size, uint8_t *output) noexcept nogil:
+    """The tail of an envelope: ciphertext of zeros and plaintext, then the tag."""
     if size <= SMALL:
         # One call over a copy is faster than two calls while the record is small.
         memset(output, 0, COMMITMENT)
         memcpy(output + COMMITMENT, data, <size_t>size)
-        if gcm_seal_part(context, output, output, <int>(COMMITMENT + size)) != DONE:
-            return BROKEN
-    elif (gcm_seal_part(context, output, ZEROS, COMMITMENT) != DONE
-            or gcm_seal_part(context, output + COMMITMENT, data, <int>size) != DONE):
+        return gcm_seal(cipher, key, nonce, aad, aad_size, output, output, <int>(COMMITMENT + size),
+                        output + COMMITMENT + size)
+    if (gcm_start(cipher, key, nonce, aad, aad_size) != DONE
+            or gcm_part(cipher, output, ZEROS, COMMITMENT) != DONE
+            or gcm_part(cipher, output + COMMITMENT, data, <int>size) != DONE):
         return BROKEN
-    return gcm_seal_end(context, output + COMMITMENT + size)
+    return gcm_seal_end(cipher, output + COMMITMENT + size)
 
 
-cdef int open_record(EVP_CIPHER_CTX *context, const uint8_t *data, Py_ssize_t size, uint8_t *output,
-                     uint8_t *scratch) noexcept nogil:
+cdef int open_record(Gcm *cipher, const uint8_t *key, const uint8_t *nonce, const uint8_t *aad, int aad_size,
+                     const uint8_t *data, Py_ssize_t size, uint8_t *output, uint8_t *scratch) noexcept nogil:
     """Open ciphertext and tag (``size`` counts the plaintext only) into ``output``, or wipe it."""
     cdef int status
     if size <= SMALL:
-        if gcm_open_part(context, scratch, data, <int>(COMMITMENT + size)) != DONE:
-            return BROKEN
-        status = gcm_open_end(context, data + COMMITMENT + size)
+        status = gcm_open(cipher, key, nonce, aad, aad_size, scratch, data, <int>(COMMITMENT + size),
+                          data + COMMITMENT + size)
         if status == DONE and CRYPTO_memcmp(scratch, ZEROS, COMMITMENT) != 0:
             status = REFUSED
         if status == DONE:
             memcpy(output, scratch + COMMITMENT, <size_t>size)
         return status
-    if (gcm_open_part(context, scratch, data, COMMITMENT) != DONE
-            or gcm_open_part(context, output, data + COMMITMENT, <int>size) != DONE):
+    if (gcm_start(cipher, key, nonce, aad, aad_size) != DONE
+            or gcm_part(cipher, scratch, data, COMMITMENT) != DONE
+            or gcm_part(cipher, output, data + COMMITMENT, <int>size) != DONE):
         status = BROKEN
     else:
-        status = gcm_open_end(context, data + COMMITMENT + size)
+        status = gcm_open_end(cipher, data + COMMITMENT + size)
         if status == DONE and CRYPTO_memcmp(scratch, ZEROS, COMMITMENT) != 0:
             status = REFUSED
     if status != DONE:
         OPENSSL_cleanse(output, <size_t>size)
     return status
-
-
-# ---- pinning -------------------------------------------------------------------------------------------
-
-cdef int pin(object thing, const uint8_t **data, Py_ssize_t *size, list held, Py_ssize_t index) except -1:
-    """Point at a bytes-like object's bytes; anything but exact bytes is held through a memoryview."""
-    if PyBytes_CheckExact(thing):
-        data[0] = <const uint8_t *>PyBytes_AS_STRING(thing)
-        size[0] = PyBytes_GET_SIZE(thing)
-        return 0
-    try:
-        view = memoryview(thing)
-        if not view.c_contiguous:
-            raise BufferError()
-    except (TypeError, ValueError, BufferError):
-        raise invalid_error()(_not_bytes(thing), index=None if index == ALONE else index) from None
-    held.append(view)
-    data[0] = <const uint8_t *>PyMemoryView_GET_BUFFER(view).buf
-    size[0] = PyMemoryView_GET_BUFFER(view).len
-    return 0
-
-
-cdef str _not_bytes(thing):
-    if isinstance(thing, memoryview):
-        return "a buffer must be contiguous"
-    if isinstance(thing, str):
-        return "bytes are wanted, not str; encode the text first, for example with .encode()"
-    return f"bytes-like data is wanted, not {type(thing).__name__}"
-
-
-cdef class Batch:
-    """The pinned inputs and outputs of one call; lives on the stack of that call only."""
-
-    cdef Item *items
-    cdef uint32_t *order                # NULL: as they are
-    cdef Py_ssize_t count
-    cdef Py_ssize_t total
-    cdef list held
-    cdef list inputs
-    cdef object contexts
-    cdef object index
-
-    def __cinit__(self, inputs, contexts, index, Py_ssize_t keys):
-        self.held = []
-        self.inputs = list(inputs)              # our own references: the caller's list may change meanwhile
-        self.count = len(self.inputs)
-        self.items = <Item *>malloc(<size_t>(self.count if self.count else 1) * sizeof(Item))
-        if self.items == NULL:
-            raise MemoryError()
-        self.pin_inputs()
-        self.pin_contexts(contexts)
-        self.pin_keys(index, keys)
-
-    def __dealloc__(self):
-        free(self.items)
-        free(self.order)
-
-    cdef int pin_inputs(self) except -1:
-        cdef Py_ssize_t at
-        self.total = 0
-        for at in range(self.count):
-            pin(<object>PyList_GET_ITEM(self.inputs, at), &self.items[at].data, &self.items[at].size, self.held, at)
-            self.total += self.items[at].size
-        return 0
-
-    cdef int pin_contexts(self, contexts) except -1:
-        cdef Py_ssize_t at
-        cdef bytes one
-        if isinstance(contexts, bytes):
-            one = contexts
-            self.contexts = one
-            for at in range(self.count):
-                self.items[at].context = <const uint8_t *>PyBytes_AS_STRING(one)
-                self.items[at].context_size = <int>PyBytes_GET_SIZE(one)
-            return 0
-        self.contexts = list(contexts)
-        if len(self.contexts) != self.count:
-            raise invalid_error()("there must be one context for each record")
-        for at in range(self.count):
-            one = <bytes?>self.contexts[at]
-            self.items[at].context = <const uint8_t *>PyBytes_AS_STRING(one)
-            self.items[at].context_size = <int>PyBytes_GET_SIZE(one)
-        return 0
-
-    cdef int pin_keys(self, index, Py_ssize_t keys) except -1:
-        cdef Py_ssize_t at
-        cdef const uint32_t[::1] positions
-        if index is None:
-            if keys != 1 and keys != self.count:
-                raise invalid_error()("there must be one key, a key for each record, or an index")
-            for at in range(self.count):
-                self.items[at].key = 0 if keys == 1 else <uint32_t>at
-            return 0
-        positions = index
-        self.index = index
-        if positions.shape[0] != self.count:
-            raise invalid_error()("there must be one key position for each record")
-        for at in range(self.count):
-            if positions[at] >= keys:
-                raise invalid_error()("no key at that position", index=at)
-            self.items[at].key = positions[at]
-        return self.sort_by_key(keys)
-
-    cdef int sort_by_key(self, Py_ssize_t keys) except -1:
-        """Let records of one key follow each other: setting a key costs nearly as much as a small record."""
-        cdef Py_ssize_t at
-        cdef uint32_t *next_place
-        cdef uint32_t place = 0, size
-        if self.count < PARALLEL_ITEMS or self.count > MAX_SORTED or keys > self.count:
-            return 0
-        next_place = <uint32_t *>calloc(<size_t>keys, sizeof(uint32_t))
-        self.order = <uint32_t *>malloc(<size_t>self.count * sizeof(uint32_t))
-        if next_place == NULL or self.order == NULL:
-            free(next_place)
-            raise MemoryError()
-        for at in range(self.count):
-            next_place[self.items[at].key] += 1
-        for at in range(keys):
-            size = next_place[at]
-            next_place[at] = place
-            place += size
-        for at in range(self.count):
-            self.order[next_place[self.items[at].key]] = <uint32_t>at
-            next_place[self.items[at].key] += 1
-        free(next_place)
-        return 0
-
-    cdef bint parallel(self) noexcept:
-        return self.count >= PARALLEL_ITEMS or self.total >= PARALLEL_BYTES
-
-
-cdef list anchors = []
-
-
-cdef int anchor(Py_ssize_t size) except -1:
-    """Hold a byte in one more of the interpreter's arenas, up to a few.
-
-    CPython unmaps an arena (1 MiB) when its last object goes. A caller that encrypts batch after batch
-    would fault every page of its results anew, which costs half as much as the cipher.
-    """
-    if len(anchors) < ANCHORS:
-        anchors.append(PyBytes_FromStringAndSize(NULL, size))
-    return 0
 
 
 # ---- records -------------------------------------------------------------------------------------------
@@ -232,12 +79,6 @@ cdef class RecordCipher:
 
     The associated data of a record is ``aad``, then the middle if it is bound, then the record's context.
     """
-
-    cdef bytes head, aad
-    cdef const uint8_t *head_data
-    cdef const uint8_t *aad_data
-    cdef int head_size, middle_size, aad_size, body
-    cdef bint bound
 
     def __init__(self, bytes head not None, int middle_bytes, bint bind_middle, bytes aad not None):
         if not 0 < len(head) <= 64 or not 0 <= middle_bytes <= 256 or len(aad) > 256:
@@ -255,34 +96,29 @@ cdef class RecordCipher:
     cdef Py_ssize_t overhead(self) noexcept nogil:
         return self.body + COMMITMENT + TAG
 
-    cdef int begin(self, EVP_CIPHER_CTX *cipher, bint encrypt, const uint8_t *key, const uint8_t *nonce,
-                   const uint8_t *middle, const Item *item) noexcept nogil:
-        """Set key and nonce and take the associated data; in one call when it is short, as it nearly always is."""
-        cdef uint8_t joined[JOINED]
+    cdef const uint8_t *bind(self, const uint8_t *middle, const Item *item, uint8_t *joined,
+                             int *size) noexcept nogil:
+        """The associated data in one piece: in ``joined`` if it fits, else to be freed; NULL when memory is short."""
         cdef int bound = self.middle_size if self.bound else 0
-        cdef int size = self.aad_size
-        cdef const uint8_t *aad = self.aad_data
-        cdef bint short = size + bound + item.context_size <= JOINED
-        cdef int status
-        if short:
-            memcpy(joined, aad, <size_t>size)
-            memcpy(joined + size, middle, <size_t>bound)
-            memcpy(joined + size + bound, item.context, <size_t>item.context_size)
-            size += bound + item.context_size
-            aad = joined
-        if encrypt:
-            status = gcm_seal_start(cipher, key, nonce, aad, size)
-        else:
-            status = gcm_open_start(cipher, key, nonce, aad, size)
-        if short or status != DONE:
-            return status
-        if gcm_more_aad(cipher, encrypt, middle, bound) != DONE:
-            return BROKEN
-        return gcm_more_aad(cipher, encrypt, item.context, item.context_size)
+        cdef uint8_t *whole = joined
+        size[0] = self.aad_size + bound + item.context_size
+        if size[0] == self.aad_size:
+            return self.aad_data
+        if size[0] > JOINED:
+            whole = <uint8_t *>malloc(<size_t>size[0])
+            if whole == NULL:
+                return NULL
+        memcpy(whole, self.aad_data, <size_t>self.aad_size)
+        memcpy(whole + self.aad_size, middle, <size_t>bound)
+        memcpy(whole + self.aad_size + bound, item.context, <size_t>item.context_size)
+        return whole
 
-    cdef int seal(self, EVP_CIPHER_CTX *cipher, const uint8_t *key, const uint8_t *nonce, uint32_t version,
+    cdef int seal(self, Gcm *cipher, const uint8_t *key, const uint8_t *nonce, uint32_t version,
                   const uint8_t *middle, const Item *item) noexcept nogil:
+        cdef uint8_t joined[JOINED]
         cdef uint8_t *output = item.output
+        cdef const uint8_t *aad
+        cdef int status, aad_size
         memcpy(output, self.head_data, <size_t>self.head_size)
         output += self.head_size
         output[0] = <uint8_t>(version >> 24)
@@ -293,15 +129,27 @@ cdef class RecordCipher:
         memcpy(output, middle, <size_t>self.middle_size)
         output += self.middle_size
         memcpy(output, nonce, NONCE)
-        if self.begin(cipher, True, key, nonce, middle, item) != DONE:
+        aad = self.bind(middle, item, joined, &aad_size)
+        if aad == NULL:
             return BROKEN
-        return seal_record(cipher, item.data, item.size, output + NONCE)
+        status = seal_record(cipher, key, nonce, aad, aad_size, item.data, item.size, output + NONCE)
+        if aad_size > JOINED:
+            free(<void *>aad)
+        return status
 
-    cdef int open(self, EVP_CIPHER_CTX *cipher, const uint8_t *key, const Item *item, uint8_t *scratch) noexcept nogil:
+    cdef int open(self, Gcm *cipher, const uint8_t *key, const Item *item, uint8_t *scratch) noexcept nogil:
+        cdef uint8_t joined[JOINED]
         cdef const uint8_t *middle = item.data + self.head_size + VERSION
-        if self.begin(cipher, False, key, middle + self.middle_size, middle, item) != DONE:
+        cdef const uint8_t *aad
+        cdef int status, aad_size
+        aad = self.bind(middle, item, joined, &aad_size)
+        if aad == NULL:
             return BROKEN
-        return open_record(cipher, item.data + self.body, item.size - self.overhead(), item.output, scratch)
+        status = open_record(cipher, key, middle + self.middle_size, aad, aad_size, item.data + self.body,
+                             item.size - self.overhead(), item.output, scratch)
+        if aad_size > JOINED:
+            free(<void *>aad)
+        return status
 
     # -- sealing --
 
@@ -311,7 +159,7 @@ cdef class RecordCipher:
         cdef Item item
         cdef uint8_t nonce[NONCE]
         cdef list held = []
-        cdef EVP_CIPHER_CTX *cipher
+        cdef Gcm cipher
         cdef uint8_t *key
         cdef const uint8_t *middle
         cdef bytes output
@@ -326,19 +174,18 @@ cdef class RecordCipher:
         item.context_size = <int>PyBytes_GET_SIZE(context)
         middle = <const uint8_t *>PyBytes_AS_STRING(middles) + position * self.middle_size
         key = keys.enter_at(position)
-        cipher = gcm_new(True)
-        if cipher != NULL and next_nonce(nonce) == 1:
+        if gcm_begin(&cipher, True, True) == DONE and next_nonce(nonce) == 1:
             if item.size < PARALLEL_BYTES:
-                status = self.seal(cipher, key, nonce, version, middle, &item)
+                status = self.seal(&cipher, key, nonce, version, middle, &item)
             else:
                 with nogil:
-                    status = self.seal(cipher, key, nonce, version, middle, &item)
-        EVP_CIPHER_CTX_free(cipher)
+                    status = self.seal(&cipher, key, nonce, version, middle, &item)
+        gcm_end(&cipher)
         if consume:
             OPENSSL_cleanse(key, KEY)
         keys.leave()
         if status != DONE:
-            raise internal_error()("OpenSSL could not encrypt")
+            raise internal_error()("the cipher could not encrypt")
         return output
 
     cdef int check_size(self, Py_ssize_t size, Py_ssize_t index) except -1:
@@ -361,61 +208,45 @@ cdef class RecordCipher:
             raise invalid_error()("each key needs its own middle part")
         for at in range(batch.count):
             self.check_size(batch.items[at].size, at)
-        outputs = self.allocate(batch, self.overhead())
+        outputs = batch.allocate(self.overhead())
         data = keys.enter()
         if batch.parallel():
             with nogil:
-                status = self.seal_loop(data, version, middle, batch.items, batch.order, batch.count)
+                status = self.seal_loop(data, version, middle, batch)
         else:
-            status = self.seal_loop(data, version, middle, batch.items, batch.order, batch.count)
+            status = self.seal_loop(data, version, middle, batch)
         keys.leave()
         if status != DONE:
-            raise internal_error()("OpenSSL could not encrypt")
+            raise internal_error()("the cipher could not encrypt")
         return outputs
 
-    cdef list allocate(self, Batch batch, Py_ssize_t more):
-        """One bytes object for each record, ``more`` longer (or shorter) than its input."""
-        cdef list outputs = PyList_New(batch.count)
-        cdef Py_ssize_t at, since = 0
-        cdef bytes output
-        for at in range(batch.count):
-            if batch.items[at].size + more + BYTES_HEAD <= POOLED:
-                since += batch.items[at].size + more + BYTES_HEAD
-            if since > ARENA:
-                since = 0
-                anchor(batch.items[at].size + more)
-            output = PyBytes_FromStringAndSize(NULL, batch.items[at].size + more)
-            batch.items[at].output = <uint8_t *>PyBytes_AS_STRING(output)
-            Py_INCREF(output)
-            PyList_SET_ITEM(outputs, at, output)
-        return outputs
-
-    cdef int seal_loop(self, uint8_t *keys, uint32_t version, const uint8_t *middles, const Item *items,
-                       const uint32_t *order, Py_ssize_t count) noexcept nogil:
+    cdef int seal_loop(self, uint8_t *keys, uint32_t version, const uint8_t *middles,
+                       Batch batch) noexcept nogil:
         cdef uint8_t nonces[NONCE_BATCH * NONCE]
-        cdef EVP_CIPHER_CTX *cipher = gcm_new(True)
+        cdef Gcm cipher
         cdef const Item *item
         cdef Py_ssize_t at, drawn
         cdef uint32_t last = 0
         cdef uint8_t *key
         cdef int status = DONE
-        if cipher == NULL:
+        if gcm_begin(&cipher, True, batch.brief) != DONE:
+            gcm_end(&cipher)
             return BROKEN
-        for at in range(count):
+        for at in range(batch.count):
             if at % NONCE_BATCH == 0:
-                drawn = count - at if count - at < NONCE_BATCH else NONCE_BATCH
-                if RAND_bytes(nonces, <int>(drawn * NONCE)) != 1:
+                drawn = batch.count - at if batch.count - at < NONCE_BATCH else NONCE_BATCH
+                if random_public(nonces, <int>(drawn * NONCE)) != 1:
                     status = BROKEN
                     break
             # The same key as before keeps its schedule in the context; only the nonce is set.
-            item = items + (at if order == NULL else <Py_ssize_t>order[at])
+            item = batch.items + (at if batch.order == NULL else <Py_ssize_t>batch.order[at])
             key = NULL if at and item.key == last else keys + <Py_ssize_t>item.key * KEY
             last = item.key
-            status = self.seal(cipher, key, nonces + (at % NONCE_BATCH) * NONCE, version,
+            status = self.seal(&cipher, key, nonces + (at % NONCE_BATCH) * NONCE, version,
                                middles + <Py_ssize_t>last * self.middle_size, item)
             if status != DONE:
                 break
-        EVP_CIPHER_CTX_free(cipher)
+        gcm_end(&cipher)
         return status
 
     # -- opening --
@@ -425,7 +256,7 @@ cdef class RecordCipher:
         cdef Item item
         cdef uint8_t scratch[SMALL + COMMITMENT]
         cdef list held = []
-        cdef EVP_CIPHER_CTX *cipher
+        cdef Gcm cipher
         cdef uint8_t *key
         cdef bytes output
         cdef int status = BROKEN
@@ -437,18 +268,17 @@ cdef class RecordCipher:
         item.context = <const uint8_t *>PyBytes_AS_STRING(context)
         item.context_size = <int>PyBytes_GET_SIZE(context)
         key = keys.enter_at(position)
-        cipher = gcm_new(False)
-        if cipher != NULL:
+        if gcm_begin(&cipher, False, True) == DONE:
             if item.size < PARALLEL_BYTES:
-                status = self.open(cipher, key, &item, scratch)
+                status = self.open(&cipher, key, &item, scratch)
             else:
                 with nogil:
-                    status = self.open(cipher, key, &item, scratch)
-        EVP_CIPHER_CTX_free(cipher)
+                    status = self.open(&cipher, key, &item, scratch)
+        gcm_end(&cipher)
         keys.leave()
         wipe_scratch(scratch, item.size - self.overhead())
         if status == BROKEN:
-            raise internal_error()("OpenSSL could not decrypt")
+            raise internal_error()("the cipher could not decrypt")
         return output if status == DONE else None
 
     def open_many(self, SecretKeys keys not None, index, contexts, blobs, bint outcomes):
@@ -466,13 +296,13 @@ cdef class RecordCipher:
         for at in range(batch.count):
             if batch.items[at].size < self.overhead() or batch.items[at].size - self.overhead() > MAX_RECORD:
                 raise invalid_error()("too short or too long for a record", index=at)
-        outputs = self.allocate(batch, -self.overhead())
+        outputs = batch.allocate(-self.overhead())
         data = keys.enter()
         if batch.parallel():
             with nogil:
-                first = self.open_loop(data, batch.items, batch.order, batch.count, marks, outcomes)
+                first = self.open_loop(data, batch, marks, outcomes)
         else:
-            first = self.open_loop(data, batch.items, batch.order, batch.count, marks, outcomes)
+            first = self.open_loop(data, batch, marks, outcomes)
         keys.leave()
         if first == batch.count:
             return outputs, []
@@ -484,33 +314,35 @@ cdef class RecordCipher:
         for at in range(batch.count):
             OPENSSL_cleanse(batch.items[at].output, <size_t>(batch.items[at].size - self.overhead()))
         if first < 0:
-            raise internal_error()("OpenSSL could not decrypt")
+            raise internal_error()("the cipher could not decrypt")
         return [], [first]
 
-    cdef Py_ssize_t open_loop(self, uint8_t *keys, const Item *items, const uint32_t *order, Py_ssize_t count,
-                              uint8_t *failed, bint outcomes) noexcept nogil:
-        """Position of the first record that did not verify, ``count`` when all did, -1 when OpenSSL failed."""
+    cdef Py_ssize_t open_loop(self, uint8_t *keys, Batch batch, uint8_t *failed,
+                              bint outcomes) noexcept nogil:
+        """Position of the first record that did not verify, ``count`` when all did, -1 when the cipher failed."""
         cdef uint8_t scratch[SMALL + COMMITMENT]
-        cdef EVP_CIPHER_CTX *cipher = gcm_new(False)
-        cdef Py_ssize_t turn, at, first = count
+        cdef Gcm cipher
+        cdef const Item *items = batch.items
+        cdef Py_ssize_t turn, at, first = batch.count
         cdef uint32_t last = 0
         cdef uint8_t *key
         cdef int status = DONE
-        if cipher == NULL:
+        if gcm_begin(&cipher, False, batch.brief) != DONE:
+            gcm_end(&cipher)
             return -1
-        for turn in range(count):
-            at = turn if order == NULL else <Py_ssize_t>order[turn]
+        for turn in range(batch.count):
+            at = turn if batch.order == NULL else <Py_ssize_t>batch.order[turn]
             if at > first and not outcomes:
                 continue                # one before it has failed already
             key = NULL if turn and items[at].key == last else keys + <Py_ssize_t>items[at].key * KEY
             last = items[at].key
-            status = self.open(cipher, key, items + at, scratch)
+            status = self.open(&cipher, key, items + at, scratch)
             if status == BROKEN:
                 break
             if status == REFUSED:
                 failed[at] = 1
                 first = at if at < first else first
-        EVP_CIPHER_CTX_free(cipher)
+        gcm_end(&cipher)
         OPENSSL_cleanse(scratch, SMALL + COMMITMENT)
         return -1 if status == BROKEN else first
 
@@ -553,38 +385,33 @@ def _gcm_seal(bytes key not None, bytes nonce not None, bytes aad not None, byte
     """AES-256-GCM with a given nonce and no commitment: ciphertext || tag."""
     cdef bytes output = PyBytes_FromStringAndSize(NULL, len(plaintext) + TAG)
     cdef uint8_t *target = <uint8_t *>PyBytes_AS_STRING(output)
-    cdef EVP_CIPHER_CTX *cipher
+    cdef Gcm cipher
     cdef int status = BROKEN
     if len(key) != KEY or len(nonce) != NONCE:
         raise invalid_error()("a key has 32 bytes and a nonce 12")
-    cipher = gcm_new(True)
-    if (cipher != NULL
-            and gcm_seal_start(cipher, key, nonce, aad, <int>len(aad)) == DONE
-            and gcm_seal_part(cipher, target, plaintext, <int>len(plaintext)) == DONE):
-        status = gcm_seal_end(cipher, target + len(plaintext))
-    EVP_CIPHER_CTX_free(cipher)
+    if gcm_begin(&cipher, True, True) == DONE:
+        status = gcm_seal(&cipher, key, nonce, aad, <int>len(aad), target, plaintext, <int>len(plaintext),
+                          target + len(plaintext))
+    gcm_end(&cipher)
     if status != DONE:
-        raise internal_error()("OpenSSL could not encrypt")
+        raise internal_error()("the cipher could not encrypt")
     return output
 
 
 def _gcm_open(bytes key not None, bytes nonce not None, bytes aad not None, bytes ciphertext not None):
     """The inverse of ``_gcm_seal``; None when the tag does not verify."""
     cdef Py_ssize_t size = len(ciphertext) - TAG
+    cdef const uint8_t *source = <const uint8_t *>PyBytes_AS_STRING(ciphertext)
     cdef bytes output
-    cdef uint8_t *target
-    cdef EVP_CIPHER_CTX *cipher
+    cdef Gcm cipher
     cdef int status = BROKEN
     if len(key) != KEY or len(nonce) != NONCE:
         raise invalid_error()("a key has 32 bytes and a nonce 12")
     if size < 0:
         return None
     output = PyBytes_FromStringAndSize(NULL, size)
-    target = <uint8_t *>PyBytes_AS_STRING(output)
-    cipher = gcm_new(False)
-    if (cipher != NULL
-            and gcm_open_start(cipher, key, nonce, aad, <int>len(aad)) == DONE
-            and gcm_open_part(cipher, target, ciphertext, <int>size) == DONE):
-        status = gcm_open_end(cipher, <const uint8_t *>PyBytes_AS_STRING(ciphertext) + size)
-    EVP_CIPHER_CTX_free(cipher)
+    if gcm_begin(&cipher, False, True) == DONE:
+        status = gcm_open(&cipher, key, nonce, aad, <int>len(aad), <uint8_t *>PyBytes_AS_STRING(output), source,
+                          <int>size, source + size)
+    gcm_end(&cipher)
     return output if status == DONE else None

@@ -1,17 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-# AES-256-GCM through EVP, shared by the key wrapping and the record ciphers. Every function returns 1 for
-# done, 0 for a tag that did not verify, -1 when OpenSSL failed.
-from libc.stdint cimport uint8_t
+# AES-256-GCM by the engine in use, shared by the key wrapping and the record ciphers. Every function returns 1
+# for done, 0 for a tag that did not verify, -1 when the engine failed.
+from libc.stdint cimport uint8_t, uint64_t
 
 from .openssl cimport EVP_CIPHER_CTX
 
-cdef EVP_CIPHER_CTX *gcm_new(bint encrypt) noexcept nogil
-cdef int gcm_seal_start(EVP_CIPHER_CTX *context, const uint8_t *key, const uint8_t *nonce,
-                        const uint8_t *aad, int aad_size) noexcept nogil
-cdef int gcm_seal_part(EVP_CIPHER_CTX *context, uint8_t *output, const uint8_t *data, int size) noexcept nogil
-cdef int gcm_seal_end(EVP_CIPHER_CTX *context, uint8_t *tag) noexcept nogil
-cdef int gcm_open_start(EVP_CIPHER_CTX *context, const uint8_t *key, const uint8_t *nonce,
-                        const uint8_t *aad, int aad_size) noexcept nogil
-cdef int gcm_open_part(EVP_CIPHER_CTX *context, uint8_t *output, const uint8_t *data, int size) noexcept nogil
-cdef int gcm_open_end(EVP_CIPHER_CTX *context, const uint8_t *tag) noexcept nogil
-cdef int gcm_more_aad(EVP_CIPHER_CTX *context, bint encrypt, const uint8_t *aad, int aad_size) noexcept nogil
+cdef extern from "engine.h" nogil:
+    ctypedef struct Method "okc_method":
+        void pre(const void *key, void *expanded) noexcept nogil
+        void enc(const void *key, void *state, uint8_t *output, const uint8_t *data, uint64_t size,
+                 const uint8_t *nonce, const uint8_t *aad, uint64_t aad_size, uint8_t *tag, uint64_t tag_size) noexcept nogil
+        void dec(const void *key, void *state, uint8_t *output, const uint8_t *data, uint64_t size,
+                 const uint8_t *nonce, const uint8_t *aad, uint64_t aad_size, uint8_t *tag, uint64_t tag_size) noexcept nogil
+        void init(const void *key, void *state, const uint8_t *nonce, const uint8_t *aad, uint64_t aad_size) noexcept nogil
+        void enc_update(const void *key, void *state, uint8_t *output, const uint8_t *data, uint64_t size) noexcept nogil
+        void dec_update(const void *key, void *state, uint8_t *output, const uint8_t *data, uint64_t size) noexcept nogil
+        void enc_end(const void *key, void *state, uint8_t *tag, uint64_t tag_size) noexcept nogil
+        void dec_end(const void *key, void *state, uint8_t *tag, uint64_t tag_size) noexcept nogil
+
+    ctypedef struct Gcm "okc_gcm":
+        uint8_t *key
+        uint8_t *state
+        const Method *method
+        EVP_CIPHER_CTX *evp
+        bint encrypt
+        bint brief                  # each key serves one record
+
+# A cipher lives on the stack of one call: begin it, use it, end it. `brief` says that each key serves one record.
+cdef int gcm_begin(Gcm *cipher, bint encrypt, bint brief) noexcept nogil
+cdef void gcm_end(Gcm *cipher) noexcept nogil
+
+# In one call; a null key keeps the one before. The tag of gcm_open is what was received.
+cdef int gcm_seal(Gcm *cipher, const uint8_t *key, const uint8_t *nonce, const uint8_t *aad, int aad_size,
+                  uint8_t *output, const uint8_t *data, int size, uint8_t *tag) noexcept nogil
+cdef int gcm_open(Gcm *cipher, const uint8_t *key, const uint8_t *nonce, const uint8_t *aad, int aad_size,
+                  uint8_t *output, const uint8_t *data, int size, const uint8_t *tag) noexcept nogil
+
+# In parts.
+cdef int gcm_start(Gcm *cipher, const uint8_t *key, const uint8_t *nonce, const uint8_t *aad,
+                   int aad_size) noexcept nogil
+cdef int gcm_part(Gcm *cipher, uint8_t *output, const uint8_t *data, int size) noexcept nogil
+cdef int gcm_seal_end(Gcm *cipher, uint8_t *tag) noexcept nogil
+cdef int gcm_open_end(Gcm *cipher, const uint8_t *tag) noexcept nogil
+
+# Random bytes of the libcrypto in use: public ones, and from the generator kept for keys.
+cdef int random_public(uint8_t *output, int size) noexcept nogil
+cdef int random_private(uint8_t *output, int size) noexcept nogil

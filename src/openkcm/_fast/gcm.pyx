@@ -1,102 +1,323 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, freethreading_compatible=True
-"""AES-256-GCM (NIST SP 800-38D) through OpenSSL's EVP.
+"""AES-256-GCM (NIST SP 800-38D) by one of two engines: OpenSSL's EVP, or intel-ipsec-mb where it is installed.
 
-Invariant: a context belongs to one call on one thread; freeing it cleanses the key schedule. A null key
-keeps the context's key and only sets the next nonce.
+Invariant: nothing is sealed or opened before ``choose`` has seen the engine agree with EVP, and EVP with a test
+vector of the GCM specification. A cipher belongs to one call on one thread; ending it cleanses the key schedule.
+The engine is chosen once, before any key exists.
 """
 
-from libc.stdint cimport uint8_t
+from libc.stdint cimport uint8_t, uint64_t
+from libc.string cimport memcmp, memset
 
 from .openssl cimport *
 
+cdef extern from "engine.h" nogil:
+    ctypedef struct Libcrypto "okc_libcrypto":
+        const char *OpenSSL_version(int kind) noexcept nogil
+        EVP_CIPHER *EVP_CIPHER_fetch(void *library, const char *name, const char *properties) noexcept nogil
+        EVP_CIPHER_CTX *EVP_CIPHER_CTX_new() noexcept nogil
+        void EVP_CIPHER_CTX_free(EVP_CIPHER_CTX *context) noexcept nogil
+        int EVP_CIPHER_CTX_ctrl(EVP_CIPHER_CTX *context, int command, int number, void *pointer) noexcept nogil
+        int EVP_CIPHER_CTX_get_params(EVP_CIPHER_CTX *context, OSSL_PARAM *params) noexcept nogil
+        int EVP_EncryptInit_ex(EVP_CIPHER_CTX *context, const EVP_CIPHER *cipher, void *engine,
+                               const unsigned char *key, const unsigned char *nonce) noexcept nogil
+        int EVP_EncryptUpdate(EVP_CIPHER_CTX *context, unsigned char *output, int *written,
+                              const unsigned char *data, int size) noexcept nogil
+        int EVP_EncryptFinal_ex(EVP_CIPHER_CTX *context, unsigned char *output, int *written) noexcept nogil
+        int EVP_DecryptInit_ex(EVP_CIPHER_CTX *context, const EVP_CIPHER *cipher, void *engine,
+                               const unsigned char *key, const unsigned char *nonce) noexcept nogil
+        int EVP_DecryptUpdate(EVP_CIPHER_CTX *context, unsigned char *output, int *written,
+                              const unsigned char *data, int size) noexcept nogil
+        int EVP_DecryptFinal_ex(EVP_CIPHER_CTX *context, unsigned char *output, int *written) noexcept nogil
+        int RAND_bytes(unsigned char *output, int size) noexcept nogil
+        int RAND_priv_bytes(unsigned char *output, int size) noexcept nogil
+
+    const Libcrypto okc_linked
+    int OKC_GCM_KEY_BYTES
+    int OKC_GCM_STATE_BYTES
+    const char *okc_load_libcrypto(const char *path, Libcrypto *table)
+    const char *okc_libcrypto_file(const Libcrypto *table)
+    const char *okc_load_ipsec_mb(Method *kept, Method *brief, const char **version)
+    int okc_processor()
+
 cdef enum:
     TAG = 16
+    BRIEF_BYTES = 512               # up to here a key for one record is set the cheaper way
 
-cdef EVP_CIPHER *aes_256_gcm
+cdef Libcrypto lib = okc_linked
+cdef EVP_CIPHER *aes_256_gcm = NULL
+cdef Method kept_method
+cdef Method brief_method
+cdef bint wide = False              # libIPSec_MB is in use
+cdef object chosen = None
 
 
-cdef EVP_CIPHER_CTX *gcm_new(bint encrypt) noexcept nogil:
-    """A context set to AES-256-GCM with no key yet; NULL when memory is short."""
-    cdef EVP_CIPHER_CTX *context = EVP_CIPHER_CTX_new()
+# ---- a cipher ------------------------------------------------------------------------------------------
+
+cdef int gcm_begin(Gcm *cipher, bint encrypt, bint brief) noexcept nogil:
+    """Make a cipher with no key yet; -1 when memory is short. To be ended in either case."""
     cdef int status
-    if context == NULL:
-        return NULL
+    cipher.method = NULL
+    cipher.evp = NULL
+    cipher.encrypt = encrypt
+    cipher.brief = brief
+    if wide:
+        return 1
+    cipher.evp = lib.EVP_CIPHER_CTX_new()
+    if cipher.evp == NULL:
+        return -1
     if encrypt:
-        status = EVP_EncryptInit_ex(context, aes_256_gcm, NULL, NULL, NULL)
+        status = lib.EVP_EncryptInit_ex(cipher.evp, aes_256_gcm, NULL, NULL, NULL)
     else:
-        status = EVP_DecryptInit_ex(context, aes_256_gcm, NULL, NULL, NULL)
-    if status != 1:
-        EVP_CIPHER_CTX_free(context)
-        return NULL
-    return context
+        status = lib.EVP_DecryptInit_ex(cipher.evp, aes_256_gcm, NULL, NULL, NULL)
+    return 1 if status == 1 else -1
 
 
-cdef int gcm_seal_start(EVP_CIPHER_CTX *context, const uint8_t *key, const uint8_t *nonce,
-                        const uint8_t *aad, int aad_size) noexcept nogil:
+cdef void gcm_end(Gcm *cipher) noexcept nogil:
+    """Cleanse the schedule and what is left of the last record."""
+    if cipher.method != NULL:
+        OPENSSL_cleanse(cipher.key, <size_t>OKC_GCM_KEY_BYTES)
+        OPENSSL_cleanse(cipher.state, <size_t>OKC_GCM_STATE_BYTES)
+        cipher.method = NULL
+    if cipher.evp != NULL:
+        lib.EVP_CIPHER_CTX_free(cipher.evp)
+        cipher.evp = NULL
+
+
+cdef inline bint set_key(Gcm *cipher, const uint8_t *key, bint brief) noexcept nogil:
+    """Whether a key is set now."""
+    if key != NULL:
+        cipher.method = &brief_method if brief else &kept_method
+        cipher.method.pre(key, cipher.key)
+    return cipher.method != NULL
+
+
+cdef int gcm_seal(Gcm *cipher, const uint8_t *key, const uint8_t *nonce, const uint8_t *aad, int aad_size,
+                  uint8_t *output, const uint8_t *data, int size, uint8_t *tag) noexcept nogil:
+    if cipher.evp == NULL:
+        if not set_key(cipher, key, cipher.brief and size <= BRIEF_BYTES):
+            return -1
+        cipher.method.enc(cipher.key, cipher.state, output, data, <uint64_t>size, nonce, aad,
+                          <uint64_t>aad_size, tag, TAG)
+        return 1
+    if gcm_start(cipher, key, nonce, aad, aad_size) != 1 or gcm_part(cipher, output, data, size) != 1:
+        return -1
+    return gcm_seal_end(cipher, tag)
+
+
+cdef int gcm_open(Gcm *cipher, const uint8_t *key, const uint8_t *nonce, const uint8_t *aad, int aad_size,
+                  uint8_t *output, const uint8_t *data, int size, const uint8_t *tag) noexcept nogil:
+    cdef uint8_t computed[TAG]
+    if cipher.evp == NULL:
+        if not set_key(cipher, key, cipher.brief and size <= BRIEF_BYTES):
+            return -1
+        cipher.method.dec(cipher.key, cipher.state, output, data, <uint64_t>size, nonce, aad,
+                          <uint64_t>aad_size, computed, TAG)
+        return 1 if CRYPTO_memcmp(computed, tag, TAG) == 0 else 0
+    if gcm_start(cipher, key, nonce, aad, aad_size) != 1 or gcm_part(cipher, output, data, size) != 1:
+        return -1
+    return gcm_open_end(cipher, tag)
+
+
+cdef int gcm_start(Gcm *cipher, const uint8_t *key, const uint8_t *nonce, const uint8_t *aad,
+                   int aad_size) noexcept nogil:
     cdef int written
-    if EVP_EncryptInit_ex(context, NULL, NULL, key, nonce) != 1:
-        return -1
-    if aad_size and EVP_EncryptUpdate(context, NULL, &written, aad, aad_size) != 1:
-        return -1
+    if cipher.evp == NULL:
+        if not set_key(cipher, key, False):
+            return -1
+        cipher.method.init(cipher.key, cipher.state, nonce, aad, <uint64_t>aad_size)
+        return 1
+    if cipher.encrypt:
+        if lib.EVP_EncryptInit_ex(cipher.evp, NULL, NULL, key, nonce) != 1:
+            return -1
+        if aad_size and lib.EVP_EncryptUpdate(cipher.evp, NULL, &written, aad, aad_size) != 1:
+            return -1
+    else:
+        if lib.EVP_DecryptInit_ex(cipher.evp, NULL, NULL, key, nonce) != 1:
+            return -1
+        if aad_size and lib.EVP_DecryptUpdate(cipher.evp, NULL, &written, aad, aad_size) != 1:
+            return -1
     return 1
 
 
-cdef int gcm_seal_part(EVP_CIPHER_CTX *context, uint8_t *output, const uint8_t *data, int size) noexcept nogil:
+cdef int gcm_part(Gcm *cipher, uint8_t *output, const uint8_t *data, int size) noexcept nogil:
     cdef int written
-    if size and EVP_EncryptUpdate(context, output, &written, data, size) != 1:
-        return -1
-    return 1
+    if size == 0:
+        return 1
+    if cipher.evp == NULL:
+        if cipher.encrypt:
+            cipher.method.enc_update(cipher.key, cipher.state, output, data, <uint64_t>size)
+        else:
+            cipher.method.dec_update(cipher.key, cipher.state, output, data, <uint64_t>size)
+        return 1
+    if cipher.encrypt:
+        return 1 if lib.EVP_EncryptUpdate(cipher.evp, output, &written, data, size) == 1 else -1
+    return 1 if lib.EVP_DecryptUpdate(cipher.evp, output, &written, data, size) == 1 else -1
 
 
-cdef int gcm_seal_end(EVP_CIPHER_CTX *context, uint8_t *tag) noexcept nogil:
+cdef int gcm_seal_end(Gcm *cipher, uint8_t *tag) noexcept nogil:
     cdef int written
     cdef OSSL_PARAM wanted[2]
-    if EVP_EncryptFinal_ex(context, tag, &written) != 1:
+    if cipher.evp == NULL:
+        cipher.method.enc_end(cipher.key, cipher.state, tag, TAG)
+        return 1
+    if lib.EVP_EncryptFinal_ex(cipher.evp, tag, &written) != 1:
         return -1
     # Asking the provider itself is a third cheaper than the control call that builds the same question.
     wanted[0] = OSSL_PARAM_construct_octet_string(OSSL_CIPHER_PARAM_AEAD_TAG, tag, TAG)
     wanted[1] = OSSL_PARAM_construct_end()
-    return 1 if EVP_CIPHER_CTX_get_params(context, wanted) == 1 else -1
+    return 1 if lib.EVP_CIPHER_CTX_get_params(cipher.evp, wanted) == 1 else -1
 
 
-cdef int gcm_open_start(EVP_CIPHER_CTX *context, const uint8_t *key, const uint8_t *nonce,
-                        const uint8_t *aad, int aad_size) noexcept nogil:
+cdef int gcm_open_end(Gcm *cipher, const uint8_t *tag) noexcept nogil:
     cdef int written
-    if EVP_DecryptInit_ex(context, NULL, NULL, key, nonce) != 1:
+    cdef uint8_t computed[TAG]
+    if cipher.evp == NULL:
+        cipher.method.dec_end(cipher.key, cipher.state, computed, TAG)
+        return 1 if CRYPTO_memcmp(computed, tag, TAG) == 0 else 0
+    if lib.EVP_CIPHER_CTX_ctrl(cipher.evp, EVP_CTRL_AEAD_SET_TAG, TAG, <void *>tag) != 1:
         return -1
-    if aad_size and EVP_DecryptUpdate(context, NULL, &written, aad, aad_size) != 1:
-        return -1
-    return 1
+    return 1 if lib.EVP_DecryptFinal_ex(cipher.evp, computed, &written) == 1 else 0
 
 
-cdef int gcm_open_part(EVP_CIPHER_CTX *context, uint8_t *output, const uint8_t *data, int size) noexcept nogil:
-    cdef int written
-    if size and EVP_DecryptUpdate(context, output, &written, data, size) != 1:
-        return -1
-    return 1
+cdef int random_public(uint8_t *output, int size) noexcept nogil:
+    return lib.RAND_bytes(output, size)
 
 
-cdef int gcm_open_end(EVP_CIPHER_CTX *context, const uint8_t *tag) noexcept nogil:
-    cdef int written
-    cdef uint8_t unused[TAG]
-    if EVP_CIPHER_CTX_ctrl(context, EVP_CTRL_AEAD_SET_TAG, TAG, <void *>tag) != 1:
-        return -1
-    return 1 if EVP_DecryptFinal_ex(context, unused, &written) == 1 else 0
+cdef int random_private(uint8_t *output, int size) noexcept nogil:
+    return lib.RAND_priv_bytes(output, size)
 
 
-cdef int gcm_more_aad(EVP_CIPHER_CTX *context, bint encrypt, const uint8_t *aad, int aad_size) noexcept nogil:
-    """Associated data that stands behind what the start took; GCM takes it in pieces."""
-    cdef int written, status
-    if aad_size == 0:
-        return 1
-    if encrypt:
-        status = EVP_EncryptUpdate(context, NULL, &written, aad, aad_size)
+# ---- choosing ------------------------------------------------------------------------------------------
+
+def choose(str engine, str libcrypto):
+    """Choose what does AES-256-GCM: once, before any key exists.
+
+    Args:
+        engine: "evp", "ipsec-mb", or nothing: the second where it can be used, else the first.
+        libcrypto: the path of the libcrypto.so.3 to use instead of the one that is linked, or nothing.
+
+    Returns:
+        A dict of ``engine`` (what is in use), ``why``, ``openssl`` (its version and file), ``modern`` (whether
+        the processor has VAES and AVX-512, which OpenSSL uses from 3.2 on).
+
+    Raises:
+        ValueError: what was asked for cannot be had.
+        ImportError: OpenSSL does not compute AES-256-GCM.
+    """
+    global wide, chosen
+    cdef const char *problem
+    cdef const char *version = NULL
+    cdef str why
+    if chosen is not None:
+        return chosen
+    use_libcrypto(libcrypto)
+    if engine == "evp":
+        why = "OPENKCM_AES asks for it"
     else:
-        status = EVP_DecryptUpdate(context, NULL, &written, aad, aad_size)
-    return 1 if status == 1 else -1
+        problem = okc_load_ipsec_mb(&kept_method, &brief_method, &version)
+        why = None if problem == NULL else problem.decode()
+        if why is None and not agrees_with_evp():
+            why = "this libIPSec_MB disagrees with OpenSSL"
+        if why is None:
+            wide = True
+        elif engine == "ipsec-mb":
+            raise ValueError(f"OPENKCM_AES asks for ipsec-mb, but {why}")
+    chosen = {
+        "engine": f"intel-ipsec-mb {version.decode()}" if wide else "EVP",
+        "why": "it agrees with OpenSSL, and is the fastest here" if wide else why,
+        "openssl": lib.OpenSSL_version(OPENSSL_VERSION).decode(),
+        "file": (okc_libcrypto_file(&lib) or b"").decode(),
+        "modern": okc_processor() == 2,
+    }
+    return chosen
 
 
-aes_256_gcm = EVP_CIPHER_fetch(NULL, b"AES-256-GCM", NULL)
-if aes_256_gcm == NULL:
-    raise ImportError("this OpenSSL offers no AES-256-GCM")
+cdef int use_libcrypto(str path) except -1:
+    global lib, aes_256_gcm
+    cdef Libcrypto pinned
+    cdef const char *problem
+    if path:
+        problem = okc_load_libcrypto(path.encode(), &pinned)
+        if problem != NULL:
+            raise ValueError(f"OPENKCM_LIBCRYPTO names a library that cannot be used: {problem.decode()}")
+        lib = pinned
+    aes_256_gcm = lib.EVP_CIPHER_fetch(NULL, b"AES-256-GCM", NULL)
+    if aes_256_gcm == NULL:
+        raise ImportError("this OpenSSL offers no AES-256-GCM")
+    if not knows_the_vector():
+        raise ImportError("this OpenSSL does not compute AES-256-GCM")
+    return 0
+
+
+cdef bint knows_the_vector() except -1:
+    """Test case 16 of the GCM specification (McGrew and Viega, 2005), sealed by the engine in use."""
+    cdef bytes key = bytes.fromhex("feffe9928665731c6d6a8f9467308308") * 2
+    cdef bytes nonce = bytes.fromhex("cafebabefacedbaddecaf888")
+    cdef bytes aad = bytes.fromhex("feedfacedeadbeeffeedfacedeadbeefabaddad2")
+    cdef bytes plain = bytes.fromhex(
+        "d9313225f88406e5a55909c5aff5269a86a7a9531534f7da2e4c303d8a318a72"
+        "1c3c0c95956809532fcf0e2449a6b525b16aedf5aa0de657ba637b39")
+    cdef bytes wanted = bytes.fromhex("76fc6ece0f4e1768cddf8853bb2d551b")
+    cdef uint8_t output[64]
+    cdef uint8_t tag[TAG]
+    cdef Gcm cipher
+    cdef int status = gcm_begin(&cipher, True, True)
+    if status == 1:
+        status = gcm_seal(&cipher, key, nonce, aad, <int>len(aad), output, plain, <int>len(plain), tag)
+    gcm_end(&cipher)
+    return status == 1 and memcmp(tag, <const uint8_t *>wanted, TAG) == 0
+
+
+cdef bint agrees_with_evp() except -1:
+    """Seal and open records of many sizes on both engines, in one call and in parts, with keys kept and brief."""
+    global wide
+    cdef bytearray data = bytearray(range(256)) * 9
+    cdef bytearray first = bytearray(2400)
+    cdef bytearray second = bytearray(2400)
+    cdef int size, aad_size, brief
+    cdef bint agreed = True
+    for size, aad_size in ((1, 0), (15, 1), (16, 16), (32, 20), (33, 100), (96, 48), (127, 17), (128, 64), (129, 0),
+                           (255, 31), (257, 200), (512, 128), (513, 129), (767, 5), (1024, 300), (2049, 512), (2304, 0)):
+        for brief in range(2):
+            wide = False
+            agreed = agreed and exercise(data, size, aad_size, brief, first)
+            wide = True
+            agreed = agreed and exercise(data, size, aad_size, brief, second)
+            agreed = agreed and first == second
+    wide = False
+    return agreed
+
+
+cdef bint exercise(bytearray data, int size, int aad_size, bint brief, bytearray output) except -1:
+    """Seal into ``output`` (ciphertext, tag) and open it again: whole, in parts, and with another tag."""
+    cdef uint8_t *source = <uint8_t *>data
+    cdef uint8_t *target = <uint8_t *>output
+    cdef uint8_t *tag = target + size
+    cdef uint8_t again[2400]
+    cdef uint8_t other[TAG]
+    cdef Gcm cipher
+    cdef int half = (size >> 1) & ~15
+    cdef bint good
+    memset(target, 0, 2400)
+    good = gcm_begin(&cipher, True, brief) == 1
+    good = good and gcm_seal(&cipher, source + 7, source + 1, source + 3, aad_size, target, source, size, tag) == 1
+    # The same record in parts, under the key that is set.
+    good = good and gcm_start(&cipher, NULL, source + 1, source + 3, aad_size) == 1
+    good = good and gcm_part(&cipher, again, source, half) == 1
+    good = good and gcm_part(&cipher, again + half, source + half, size - half) == 1
+    good = good and gcm_seal_end(&cipher, other) == 1
+    good = good and memcmp(again, target, <size_t>size) == 0 and memcmp(other, tag, TAG) == 0
+    gcm_end(&cipher)
+    good = gcm_begin(&cipher, False, brief) == 1 and good
+    good = good and gcm_open(&cipher, source + 7, source + 1, source + 3, aad_size, again, target, size, tag) == 1
+    good = good and memcmp(again, source, <size_t>size) == 0
+    good = good and gcm_start(&cipher, source + 7, source + 1, source + 3, aad_size) == 1
+    good = good and gcm_part(&cipher, again, target, half) == 1
+    good = good and gcm_part(&cipher, again + half, target + half, size - half) == 1
+    good = good and gcm_open_end(&cipher, tag) == 1 and memcmp(again, source, <size_t>size) == 0
+    other[0] ^= 1
+    good = good and gcm_open(&cipher, NULL, source + 1, source + 3, aad_size, again, target, size, other) == 0
+    gcm_end(&cipher)
+    return good

@@ -13,7 +13,7 @@ from libc.string cimport memcpy, memset
 from posix.unistd cimport read, write
 
 from .arena cimport OK, Slot, arena_lock, arena_unlock, exhausted, fork_count, slot_give, slot_take
-from .openssl cimport RAND_bytes, RAND_priv_bytes
+from .gcm cimport random_private, random_public
 
 from .arena import secret_memory_info
 
@@ -199,7 +199,7 @@ cdef int random_fill(uint8_t *target, size_t size, bint private) except -1:
     with nogil:
         while at < size and status == 1:
             part = <int>(size - at if size - at < 65536 else <size_t>65536)
-            status = RAND_priv_bytes(target + at, part) if private else RAND_bytes(target + at, part)
+            status = random_private(target + at, part) if private else random_public(target + at, part)
             at += <size_t>part
     if status != 1:
         raise internal_error()("OpenSSL's random generator failed")
@@ -296,7 +296,7 @@ cdef int next_nonce(uint8_t *nonce) noexcept nogil:
     # What was drawn before a fork is the parent's: both would hand out the same nonces.
     if nonces_left == 0 or nonces_born != fork_count():
         nonces_born = fork_count()
-        status = RAND_bytes(nonces, NONCES * NONCE)
+        status = random_public(nonces, NONCES * NONCE)
         nonces_left = NONCES if status == 1 else 0
     if status == 1:
         nonces_left -= 1

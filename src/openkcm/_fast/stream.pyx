@@ -10,8 +10,9 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from libc.stdint cimport uint8_t
 from libc.string cimport memcpy, memset
 
-from .aead cimport ALONE, BROKEN, DONE, REFUSED, Item, pin
-from .gcm cimport gcm_new, gcm_open_end, gcm_open_part, gcm_open_start, gcm_seal_end, gcm_seal_part, gcm_seal_start
+from .aead cimport BROKEN, DONE, REFUSED
+from .batch cimport ALONE, Item, pin
+from .gcm cimport Gcm, gcm_begin, gcm_end, gcm_open_end, gcm_part, gcm_seal_end, gcm_start, random_public
 from .openssl cimport *
 from .secret cimport *
 from .wrapping cimport xaes_subkey
@@ -45,7 +46,7 @@ cdef class StreamCipher:
         cdef uint8_t *key
         cdef const uint8_t[::1] given
         if nonce is None:
-            if RAND_bytes(self.start, PREFIX) != 1:
+            if random_public(self.start, PREFIX) != 1:
                 raise internal_error()("OpenSSL's random generator failed")
         else:
             given = nonce
@@ -115,7 +116,7 @@ cdef class StreamCipher:
         finally:
             self.subkey.leave()
         if status != DONE:
-            raise internal_error()("OpenSSL could not encrypt")
+            raise internal_error()("the cipher could not encrypt")
         return output
 
     def open(self, data, bint last):
@@ -141,7 +142,7 @@ cdef class StreamCipher:
         finally:
             self.subkey.leave()
         if status == BROKEN:
-            raise internal_error()("OpenSSL could not decrypt")
+            raise internal_error()("the cipher could not decrypt")
         if status == REFUSED:
             self.ended = True
             return None
@@ -150,30 +151,32 @@ cdef class StreamCipher:
 
 cdef int seal_segment(const uint8_t *key, const uint8_t *nonce, const uint8_t *aad, int aad_size, const Item *item,
                       int lead) noexcept nogil:
-    cdef EVP_CIPHER_CTX *cipher = gcm_new(True)
+    cdef Gcm cipher
     cdef int status = BROKEN
-    if (cipher != NULL and gcm_seal_start(cipher, key, nonce, aad, aad_size) == DONE
-            and gcm_seal_part(cipher, item.output, ZEROS, lead) == DONE
-            and gcm_seal_part(cipher, item.output + lead, item.data, <int>item.size) == DONE):
-        status = gcm_seal_end(cipher, item.output + lead + item.size)
-    EVP_CIPHER_CTX_free(cipher)
+    if (gcm_begin(&cipher, True, False) == DONE
+            and gcm_start(&cipher, key, nonce, aad, aad_size) == DONE
+            and gcm_part(&cipher, item.output, ZEROS, lead) == DONE
+            and gcm_part(&cipher, item.output + lead, item.data, <int>item.size) == DONE):
+        status = gcm_seal_end(&cipher, item.output + lead + item.size)
+    gcm_end(&cipher)
     return status
 
 
 cdef int open_segment(const uint8_t *key, const uint8_t *nonce, const uint8_t *aad, int aad_size, const Item *item,
                       int lead) noexcept nogil:
-    cdef EVP_CIPHER_CTX *cipher = gcm_new(False)
+    cdef Gcm cipher
     cdef uint8_t commitment[COMMITMENT]
     cdef Py_ssize_t size = item.size - lead - TAG
     cdef int status = BROKEN
     memset(commitment, 0, COMMITMENT)
-    if (cipher != NULL and gcm_open_start(cipher, key, nonce, aad, aad_size) == DONE
-            and gcm_open_part(cipher, commitment, item.data, lead) == DONE
-            and gcm_open_part(cipher, item.output, item.data + lead, <int>size) == DONE):
-        status = gcm_open_end(cipher, item.data + lead + size)
+    if (gcm_begin(&cipher, False, False) == DONE
+            and gcm_start(&cipher, key, nonce, aad, aad_size) == DONE
+            and gcm_part(&cipher, commitment, item.data, lead) == DONE
+            and gcm_part(&cipher, item.output, item.data + lead, <int>size) == DONE):
+        status = gcm_open_end(&cipher, item.data + lead + size)
         if status == DONE and CRYPTO_memcmp(commitment, ZEROS, COMMITMENT) != 0:
             status = REFUSED
-    EVP_CIPHER_CTX_free(cipher)
+    gcm_end(&cipher)
     if status != DONE:
         OPENSSL_cleanse(item.output, <size_t>size)
     return status

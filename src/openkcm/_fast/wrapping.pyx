@@ -3,7 +3,7 @@
 """Keys wrapped by keys: XAES-256-GCM (C2SP, XAES-256-GCM.md), one at a time and in packed batches.
 
 Invariant: the wrapping key is touched only as raw AES blocks on its slot in secret memory; what reaches
-an OpenSSL context is the subkey of one batch, and keys go from slot to slot.
+a cipher is the subkey of one batch, and keys go from slot to slot.
 
 A batch draws the first 12 nonce bytes once, so that one subkey serves it, and a random start from which
 the last 12 count: every wrapped key is a valid XAES-256-GCM ciphertext with a nonce of its own, and two
@@ -12,12 +12,10 @@ batches share a subkey with probability 2**-96.
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdint cimport uint8_t
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
-from .gcm cimport (
-    gcm_more_aad, gcm_new, gcm_open_end, gcm_open_part, gcm_open_start, gcm_seal_end, gcm_seal_part,
-    gcm_seal_start,
-)
+from .gcm cimport Gcm, gcm_begin, gcm_end, gcm_open, gcm_seal, random_private, random_public
 from .openssl cimport *
 from .secret cimport *
 
@@ -42,31 +40,6 @@ cdef int xaes_subkey(const uint8_t *schedule, const uint8_t *nonce, uint8_t *sub
     return done
 
 
-cdef int xaes_start(EVP_CIPHER_CTX *context, bint encrypt, const uint8_t *schedule,
-                    const uint8_t *nonce) noexcept nogil:
-    """Key a context with the subkey of nonce[:12] and set nonce[12:]."""
-    cdef uint8_t subkey[KEY]
-    cdef int status = -1
-    if xaes_subkey(schedule, nonce, subkey):
-        if encrypt:
-            status = gcm_seal_start(context, subkey, nonce + HALF, NULL, 0)
-        else:
-            status = gcm_open_start(context, subkey, nonce + HALF, NULL, 0)
-    OPENSSL_cleanse(subkey, KEY)
-    return status
-
-
-cdef int wrap_next(EVP_CIPHER_CTX *context, const uint8_t *nonce, const uint8_t *aad, int aad_size,
-                   const uint8_t *key_id, int id_size, const uint8_t *key, uint8_t *output) noexcept nogil:
-    """One wrapped key under the context's subkey: nonce || ciphertext || tag."""
-    memcpy(output, nonce, XAES_NONCE)
-    if (gcm_seal_start(context, NULL, nonce + HALF, aad, aad_size) != 1
-            or gcm_more_aad(context, True, key_id, id_size) != 1
-            or gcm_seal_part(context, output + XAES_NONCE, key, KEY) != 1):
-        return -1
-    return gcm_seal_end(context, output + XAES_NONCE + KEY)
-
-
 cdef void count_up(uint8_t *counter) noexcept nogil:
     cdef int at
     for at in range(HALF - 1, -1, -1):
@@ -75,23 +48,40 @@ cdef void count_up(uint8_t *counter) noexcept nogil:
             return
 
 
+cdef uint8_t *join(const uint8_t *aad, int aad_size, int id_size) noexcept nogil:
+    """Room for the associated data of a batch, with that of all its keys in place; to be freed."""
+    cdef uint8_t *joined = <uint8_t *>malloc(<size_t>(aad_size + id_size + 1))
+    if joined != NULL:
+        memcpy(joined, aad, <size_t>aad_size)
+    return joined
+
+
 cdef int wrap_run(const uint8_t *schedule, const uint8_t *keys, Py_ssize_t count, const uint8_t *aad,
                   int aad_size, const uint8_t *ids, int id_size, uint8_t *output) noexcept nogil:
     cdef uint8_t nonce[XAES_NONCE]
-    cdef EVP_CIPHER_CTX *context = gcm_new(True)
-    cdef int status = -1
+    cdef uint8_t subkey[KEY]
+    cdef uint8_t *joined = join(aad, aad_size, id_size)
+    cdef const uint8_t *key = subkey
+    cdef Gcm cipher
     cdef Py_ssize_t at
-    if context == NULL:
-        return -1
-    if RAND_bytes(nonce, XAES_NONCE) == 1 and xaes_start(context, True, schedule, nonce) == 1:
-        status = 1
+    cdef int status = gcm_begin(&cipher, True, count < 2)
+    if joined == NULL or random_public(nonce, XAES_NONCE) != 1 or not xaes_subkey(schedule, nonce, subkey):
+        status = -1
+    if status == 1:
         for at in range(count):
-            status = wrap_next(context, nonce, aad, aad_size, ids + at * id_size, id_size,
-                               keys + at * KEY, output + at * WRAPPED)
+            if id_size:
+                memcpy(joined + aad_size, ids + at * id_size, <size_t>id_size)
+            memcpy(output, nonce, XAES_NONCE)
+            status = gcm_seal(&cipher, key, nonce + HALF, joined, aad_size + id_size, output + XAES_NONCE,
+                              keys + at * KEY, KEY, output + XAES_NONCE + KEY)
             if status != 1:
                 break
+            key = NULL              # the subkey stays set
             count_up(nonce + HALF)
-    EVP_CIPHER_CTX_free(context)
+            output += WRAPPED
+    gcm_end(&cipher)
+    OPENSSL_cleanse(subkey, KEY)
+    free(joined)
     return status
 
 
@@ -99,37 +89,42 @@ cdef Py_ssize_t unwrap_run(const uint8_t *schedule, const uint8_t *wrapped, Py_s
                            int aad_size, const uint8_t *ids, int id_size, uint8_t *keys,
                            uint8_t *failed) noexcept nogil:
     """Open ``count`` wrapped keys; marks those that do not verify. Returns how many did not, or -1."""
-    cdef EVP_CIPHER_CTX *context = gcm_new(False)
+    cdef uint8_t subkey[KEY]
+    cdef uint8_t *joined = join(aad, aad_size, id_size)
     cdef const uint8_t *blob = wrapped
     cdef const uint8_t *keyed = NULL
+    cdef const uint8_t *key
+    cdef Gcm cipher
     cdef Py_ssize_t at, bad = 0
-    cdef int status = 1
-    if context == NULL:
-        return -1
+    cdef int status = gcm_begin(&cipher, False, True)
+    if joined == NULL:
+        status = -1
     for at in range(count):
-        blob = wrapped + at * WRAPPED
+        if status < 0:
+            break
+        key = NULL
         # Keys wrapped in one batch share a subkey; only a change of it costs a derivation and a key set-up.
         if keyed == NULL or memcmp(keyed, blob, HALF) != 0:
-            if xaes_start(context, False, schedule, blob) != 1:
+            if not xaes_subkey(schedule, blob, subkey):
                 status = -1
                 break
             keyed = blob
-        if (gcm_open_start(context, NULL, blob + HALF, aad, aad_size) != 1
-                or gcm_more_aad(context, False, ids + at * id_size, id_size) != 1
-                or gcm_open_part(context, keys + at * KEY, blob + XAES_NONCE, KEY) != 1):
-            status = -1
-            break
-        status = gcm_open_end(context, blob + XAES_NONCE + KEY)
-        if status < 0:
-            break
-        failed[at] = 0 if status else 1
-        if not status:
+            key = subkey
+            cipher.brief = at + 1 == count or memcmp(blob, blob + WRAPPED, HALF) != 0
+        if id_size:
+            memcpy(joined + aad_size, ids + at * id_size, <size_t>id_size)
+        status = gcm_open(&cipher, key, blob + HALF, joined, aad_size + id_size, keys + at * KEY,
+                          blob + XAES_NONCE, KEY, blob + XAES_NONCE + KEY)
+        blob += WRAPPED
+        failed[at] = 0 if status == 1 else 1
+        if status == 0:
             bad += 1
             # A place that did not open holds a key nobody knows, so that using it by mistake fails too.
-            if RAND_priv_bytes(keys + at * KEY, KEY) != 1:
+            if random_private(keys + at * KEY, KEY) != 1:
                 status = -1
-                break
-    EVP_CIPHER_CTX_free(context)
+    gcm_end(&cipher)
+    OPENSSL_cleanse(subkey, KEY)
+    free(joined)
     return -1 if status < 0 else bad
 
 
@@ -159,7 +154,7 @@ def wrap_many(WrappingKey parent not None, SecretKeys keys not None, bytes aad n
     finally:
         parent.leave()
     if status != 1:
-        raise internal_error()("OpenSSL could not wrap the keys")
+        raise internal_error()("the cipher could not wrap the keys")
     return output
 
 
@@ -183,7 +178,7 @@ cdef Py_ssize_t unwrap_into(WrappingKey parent, bytes wrapped, bytes aad, bytes 
         parent.leave()
     if bad < 0:
         keys.wipe()
-        raise internal_error()("OpenSSL could not unwrap the keys")
+        raise internal_error()("the cipher could not unwrap the keys")
     return bad
 
 
@@ -232,7 +227,7 @@ def wrap_key(WrappingKey parent not None, WrappingKey child not None, bytes aad 
     finally:
         parent.leave()
     if status != 1:
-        raise internal_error()("OpenSSL could not wrap the key")
+        raise internal_error()("the cipher could not wrap the key")
     return output
 
 
@@ -252,7 +247,7 @@ def unwrap_key(WrappingKey parent not None, bytes wrapped not None, bytes aad no
     parent.leave()
     if bad:
         child.wipe()
-        raise (decrypt_error()() if bad > 0 else internal_error()("OpenSSL could not unwrap the key"))
+        raise (decrypt_error()() if bad > 0 else internal_error()("the cipher could not unwrap the key"))
     expand(child, child.slot.data)
     return child
 
@@ -283,12 +278,8 @@ cdef bytes _subkey(bytes key, bytes nonce):
 
 
 def native_info():
-    """Tell which OpenSSL is linked and how raw AES blocks are made."""
+    """Tell how raw AES blocks, those of the key derivation, are made; and what is weaker than it could be."""
     notes = []
     if not okc_aes_instructions():
         notes.append("raw AES blocks go through a short-lived OpenSSL context, not the processor's instructions")
-    return {
-        "openssl": OpenSSL_version(OPENSSL_VERSION).decode(),
-        "aes": "AES-NI on the key's slot" if okc_aes_instructions() else "OpenSSL",
-        "notes": notes,
-    }
+    return {"aes": "AES-NI on the key's slot" if okc_aes_instructions() else "OpenSSL", "notes": notes}

@@ -311,7 +311,11 @@ def _xaes_open(key: bytes, nonce: bytes, aad: bytes, ciphertext: bytes) -> bytes
 def native_info() -> dict[str, Any]:
     """Tell which OpenSSL is in use and what is weaker than on the native backend."""
     return {
+        "engine": "cryptography",
+        "why": "the Python backend has no other",
         "openssl": _openssl.openssl_version_text(),
+        "file": "",
+        "modern": False,
         "aes": "cryptography",
         "notes": [
             (
