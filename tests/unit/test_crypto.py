@@ -249,7 +249,7 @@ def test_batches(count: int) -> None:
     middles = os.urandom(72 * count)
     sealed = cipher().seal_many(keys, None, 1, middles, contexts, records)
     assert cipher().open_many(keys, None, contexts, sealed, False) == (records, [])
-    assert cipher().gather(sealed) == (1, middles)
+    assert cipher().gather(sealed) == (1, middles, None)
     assert len({blob[96:108] for blob in sealed}) == count
     shared = crypto.generate_keys(1)
     sealed = cipher().seal_many(shared, None, 1, b"m" * 72, b"", records)
@@ -339,7 +339,12 @@ def test_consume_zeroes_one_key() -> None:
 def test_gather_wants_one_layout() -> None:
     keys = crypto.generate_keys(1)
     good = cipher().seal_one(keys, 0, 9, b"m" * 72, b"", b"r")
-    assert cipher().gather([good, good]) == (9, b"m" * 144)
+    assert cipher().gather([good, good]) == (9, b"m" * 144, None)
+    assert cipher().gather([good, good], True) == (9, b"m" * 72, None)
+    other = cipher().seal_one(keys, 0, 9, b"n" * 72, b"", b"r")
+    version, packed, index = cipher().gather([good, good, other, good], True)
+    assert (version, packed, list(index)) == (9, b"m" * 72 + b"n" * 72 + b"m" * 72, [0, 0, 1, 2])
+    assert cipher().gather([good, other], True) == (9, b"m" * 72 + b"n" * 72, None)
     assert cipher().gather([]) is None
     for bad in (good[:-2], b"", b"H" + good[1:], good[:23] + b"\x08" + good[24:], bytearray(good)):
         assert cipher().gather([good, bad]) is None

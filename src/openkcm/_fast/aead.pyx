@@ -346,16 +346,21 @@ cdef class RecordCipher:
         OPENSSL_cleanse(scratch, SMALL + COMMITMENT)
         return -1 if status == BROKEN else first
 
-    def gather(self, blobs):
-        """Collect the middles of a batch: (version, packed middles) if every blob has this head and layout and
-        all share one version, else None."""
+    def gather(self, blobs, bint runs=False):
+        """Collect the middles of a batch, if every blob has this head and layout and all share one version.
+
+        Returns None, or (version, packed middles, index). With ``runs``, neighbours with the same middle share one,
+        and the index tells which is each blob's; it is None where they are all one's own, or all the same.
+        """
         cdef list items = blobs if type(blobs) is list else list(blobs)
         cdef Py_ssize_t count = len(items)
         cdef bytes packed = PyBytes_FromStringAndSize(NULL, count * self.middle_size)
         cdef uint8_t *target = <uint8_t *>PyBytes_AS_STRING(packed)
         cdef const uint8_t *first = NULL
         cdef const uint8_t *data = NULL
-        cdef Py_ssize_t at
+        cdef Py_ssize_t at, distinct = 0
+        cdef bytes index = PyBytes_FromStringAndSize(NULL, count * <Py_ssize_t>sizeof(uint32_t) if runs else 0)
+        cdef uint32_t *places = <uint32_t *>PyBytes_AS_STRING(index)
         cdef object blob
         if count == 0:
             return None
@@ -370,9 +375,19 @@ cdef class RecordCipher:
                     return None
             elif memcmp(data, first, <size_t>(self.head_size + VERSION)) != 0:
                 return None
-            memcpy(target + at * self.middle_size, data + self.head_size + VERSION, <size_t>self.middle_size)
+            data += self.head_size + VERSION
+            if (not runs or distinct == 0
+                    or memcmp(data, target + (distinct - 1) * self.middle_size, <size_t>self.middle_size) != 0):
+                memcpy(target + distinct * self.middle_size, data, <size_t>self.middle_size)
+                distinct += 1
+            if runs:
+                places[at] = <uint32_t>(distinct - 1)
         data = first + self.head_size
-        return (<uint32_t>data[0] << 24 | <uint32_t>data[1] << 16 | <uint32_t>data[2] << 8 | data[3]), packed
+        return (
+            <uint32_t>data[0] << 24 | <uint32_t>data[1] << 16 | <uint32_t>data[2] << 8 | data[3],
+            packed if distinct == count else packed[:distinct * self.middle_size],
+            None if distinct == count or distinct == 1 else memoryview(index).cast("I"),
+        )
 
 
 cdef inline void wipe_scratch(uint8_t *scratch, Py_ssize_t size) noexcept nogil:

@@ -101,9 +101,9 @@ def _backend() -> Iterator[Check]:
             "python: slower, and keys pass through the Python heap while they are used",
             "install a compiler and OpenSSL's headers, then reinstall openkcm",
         )
-    yield Check(area, "OpenSSL", Level.OK, str(info["openssl"]))
-    if aes := info.get("aes"):
-        yield Check(area, "AES", Level.OK, str(aes))
+    yield Check(area, "AES-256-GCM", Level.OK, f"{info['engine']}: {info['engine_reason']}")
+    yield Check(area, "OpenSSL", Level.OK, " at ".join(filter(None, (info["openssl"], info["openssl_file"]))))
+    yield Check(area, "raw AES blocks", Level.OK, str(info["aes"]))
     for text in info.get("notes", ()):
         yield Check(area, "note", Level.WEAK, str(text))
 

@@ -7,6 +7,7 @@ Invariant: plaintext leaves only after its tag and its commitment verified; ever
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Iterable, Sequence
 from hmac import compare_digest
 from typing import Any, Final
@@ -213,17 +214,27 @@ class RecordCipher:
             opened.append(record)
         return opened, failed
 
-    def gather(self, blobs: Iterable[Any]) -> tuple[int, bytes] | None:
-        """Collect the middles of a batch: (version, packed middles) if all share head, layout and version."""
+    def gather(self, blobs: Iterable[Any], runs: bool = False) -> tuple[int, bytes, array[int] | None] | None:
+        """Collect the middles of a batch, if every blob has this head and layout and all share one version.
+
+        Returns None, or (version, packed middles, index). With ``runs``, neighbours with the same middle share one,
+        and the index tells which is each blob's; it is None where they are all one's own, or all the same.
+        """
         items = list(blobs)
         if not items or type(items[0]) is not bytes or not items[0].startswith(self._head):
             return None
         start = items[0][: self._middle]
+        middles: list[bytes] = []
+        index = array("I")
         for item in items:
             if type(item) is not bytes or len(item) < self._overhead or not item.startswith(start):
                 return None
+            middle = item[self._middle : self._nonce]
+            if not runs or not middles or middle != middles[-1]:
+                middles.append(middle)
+            index.append(len(middles) - 1)
         version = int.from_bytes(start[len(self._head) :], "big")
-        return version, b"".join([item[self._middle : self._nonce] for item in items])
+        return version, b"".join(middles), index if 1 < len(middles) < len(items) else None
 
 
 # ---- streams -------------------------------------------------------------------------------------------

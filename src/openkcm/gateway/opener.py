@@ -39,11 +39,11 @@ class Opener:
 
     def open(self, blobs: list[Any], contexts: Contexts, in_place: bool) -> list[Any]:
         """Open envelopes of any record kind and version; outcomes in their order, as ``decrypt_many`` has them."""
-        gathered = self._inline.gather(blobs)
+        gathered = self._inline.gather(blobs, True)
         if gathered is not None and gathered[0]:
             keys, failures = self._leases.open(WrappedKeys(Kind.INLINE, gathered[0], gathered[1]))
             if not failures:
-                return self._open_all(self._inline, keys, None, blobs, contexts, in_place)
+                return self._open_all(self._inline, keys, gathered[2], blobs, contexts, in_place)
             keys.wipe()
         elif gathered is None and (gathered := self._stored.gather(blobs)) is not None and not gathered[0]:
             records = self._open_stored_only(gathered[1], blobs, contexts, in_place)
