@@ -10,7 +10,7 @@ import enum
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 from .errors import InvalidInput, LimitExceeded, OpenKCMError
 from .limits import KEY_ID_BYTES, MAX_NAME_BYTES, MAX_SUBJECT_BYTES, WRAPPED_KEY_BYTES
@@ -151,6 +151,12 @@ class Event:
     key_ids: tuple[bytes, ...] = ()
 
 
+OpenedKeys: TypeAlias = "tuple[SecretKeys, Mapping[int, OpenKCMError], float]"
+"""Data keys that a Core opened; the error of each position that did not open; and the open-lease: for how many seconds,
+from before the call, the keys may be kept open, 0 for not at all. A plain tuple: one is made for every strict decrypt.
+"""
+
+
 class KeyService(Protocol):
     """What a Gateway needs of a Core, embedded or remote."""
 
@@ -160,13 +166,11 @@ class KeyService(Protocol):
     def wrap_keys(self, service: Service, keys: SecretKeys, kind: Kind, ids: bytes = b"") -> WrappedKeys:
         """Wrap data keys under the service's active key."""
 
-    def unwrap_keys(
-        self, service: Service, wrapped: WrappedKeys
-    ) -> tuple[SecretKeys, Mapping[int, OpenKCMError]]:
-        """Open wrapped data keys; the mapping gives the error of each position that did not open."""
+    def unwrap_keys(self, service: Service, wrapped: WrappedKeys) -> OpenedKeys:
+        """Open wrapped data keys, and say how long they may be kept."""
 
     def lease(self, service: Service) -> float:
-        """For how many seconds from its opening a data key may be kept now; 0 is strict. Raises TenantDark."""
+        """For how many seconds from its opening a kept data key may be used now; 0 for no longer. Raises TenantDark."""
 
     def rewrap_keys(
         self, service: Service, wrapped: WrappedKeys

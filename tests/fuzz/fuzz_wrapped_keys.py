@@ -56,7 +56,7 @@ def check(data: bytes) -> None:
             for at in range(0, len(wrapped.wrapped), WRAPPED_KEY_BYTES)
         ],
     )
-    keys, failed = core.unwrap_keys(service(), wrapped)
+    keys, failed, _ = core.unwrap_keys(service(), wrapped)
     keys.wipe()
     moved, not_moved = core.rewrap_keys(service(), wrapped)
     for errors in (failed, not_moved):

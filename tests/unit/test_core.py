@@ -350,9 +350,9 @@ def test_batches_are_bounded(core: openkcm.Core, records: Service) -> None:
 def test_unknown_versions_and_kinds_look_like_any_wrong_key(core: openkcm.Core, records: Service) -> None:
     good = wrapped(core, records)
     for version in (0, 2, 2**32 - 1):
-        _, failures = core.unwrap_keys(records, WrappedKeys(Kind.INLINE, version, good.wrapped))
+        _, failures, _ = core.unwrap_keys(records, WrappedKeys(Kind.INLINE, version, good.wrapped))
         assert {at: type(error) for at, error in failures.items()} == dict.fromkeys(range(3), DecryptError)
-    _, failures = core.unwrap_keys(records, WrappedKeys(Kind.INLINE_STREAM, 1, good.wrapped))
+    _, failures, _ = core.unwrap_keys(records, WrappedKeys(Kind.INLINE_STREAM, 1, good.wrapped))
     assert len(failures) == 3
 
 
@@ -379,7 +379,7 @@ def test_shredded_keys_stay_shredded(core: openkcm.Core, records: Service) -> No
     assert opens(core, records, keys)
     core.shred_keys(records, ids[16:])
     core.shred_keys(records, ids[16:])
-    _, failures = core.unwrap_keys(records, keys)
+    _, failures, _ = core.unwrap_keys(records, keys)
     assert {at: type(error) for at, error in failures.items()} == {1: KeyDestroyed}
     moved, failures = core.rewrap_keys(records, keys)
     assert {at: type(error) for at, error in failures.items()} == {1: KeyDestroyed}
@@ -500,7 +500,7 @@ def test_killing_while_others_open_and_use(core: openkcm.Core, records: Service)
     def use() -> None:
         while not stop.is_set():
             try:
-                opened, failures = core.unwrap_keys(records, keys)
+                opened, failures, _ = core.unwrap_keys(records, keys)
                 assert not failures
                 fresh = core.wrap_keys(records, opened, Kind.INLINE)
                 assert not core.unwrap_keys(records, fresh)[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ from openkcm.errors import (
 )
 from openkcm.gateway import ServiceHandle
 from openkcm.gateway.leases import MOST_KEPT, Leases
-from openkcm.keys import Service, WrappedKeys
+from openkcm.keys import OpenedKeys, Service, WrappedKeys
 from support import Clock, make_vault, refused, url, without_threads
 
 LEASE = 30.0
@@ -46,7 +46,7 @@ def calls(core: openkcm.Core, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     unwrap = core.unwrap_keys
 
-    def counted(service: Service, wrapped: WrappedKeys) -> tuple[SecretKeys, Mapping[int, OpenKCMError]]:
+    def counted(service: Service, wrapped: WrappedKeys) -> OpenedKeys:
         seen.append(len(wrapped))
         return unwrap(service, wrapped)
 
@@ -103,7 +103,7 @@ def test_a_lease_counts_from_before_the_opening(
     blob = leased.encrypt(b"x")
     unwrap = core.unwrap_keys
 
-    def slow(service: Service, wrapped: WrappedKeys) -> tuple[SecretKeys, Mapping[int, OpenKCMError]]:
+    def slow(service: Service, wrapped: WrappedKeys) -> OpenedKeys:
         answer = unwrap(service, wrapped)
         clock.now += 5
         return answer
@@ -240,22 +240,52 @@ def test_batches_ask_once_and_keep_nothing(leased: ServiceHandle, calls: list[in
     assert kept(leased) == []
 
 
-def test_a_key_that_is_opened_during_a_kill_is_not_kept(core: openkcm.Core, leased: ServiceHandle) -> None:
+def test_a_key_that_is_opened_during_a_kill_is_not_kept(
+    core: openkcm.Core, leased: ServiceHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     blob = leased.encrypt(b"x")
-    leases = leased._leases
-    grant = core.lease
+    unwrap = core.unwrap_keys
 
-    def kill_meanwhile(service: Service) -> float:
-        seconds = grant(service)
-        leases.wipe()  # what the Gateway does when it is told of a kill
-        return seconds
+    def kill_meanwhile(service: Service, wrapped: WrappedKeys) -> OpenedKeys:
+        answer = unwrap(service, wrapped)
+        assert answer[2] == LEASE
+        leased._leases.wipe()  # what the Gateway does when it is told of a kill
+        return answer
 
-    core.lease = kill_meanwhile  # type: ignore[method-assign]
-    try:
-        assert leased.decrypt(blob) == b"x"
-    finally:
-        del core.lease
+    monkeypatch.setattr(core, "unwrap_keys", kill_meanwhile)
+    assert leased.decrypt(blob) == b"x"
     assert kept(leased) == []
+
+
+def test_one_call_opens_a_key_and_says_for_how_long(
+    core: openkcm.Core, leased: ServiceHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A strict decrypt, and a first one under a lease, are one call; each use of a kept key asks whether it may."""
+    asked: list[float] = []
+    lease = core.lease
+
+    def counted(service: Service) -> float:
+        asked.append(lease(service))
+        return asked[-1]
+
+    monkeypatch.setattr(core, "lease", counted)
+    blob = leased.encrypt(b"x")
+    leased.decrypt(blob)
+    assert (len(kept(leased)), asked) == (1, [])
+    leased.decrypt(blob)
+    assert asked == [LEASE]
+    core.set_lease("acme", "records", 0)
+    leased.decrypt(blob)
+    leased.decrypt(blob)
+    assert (kept(leased), asked) == ([], [LEASE])
+
+
+def test_a_key_that_does_not_open_is_not_kept(core: openkcm.Core, leased: ServiceHandle) -> None:
+    blob = leased.encrypt(b"x")
+    refused(lambda: leased.decrypt(blob[:30] + bytes([blob[30] ^ 1]) + blob[31:]), DecryptError)
+    assert kept(leased) == []
+    leased.decrypt(blob)
+    assert len(kept(leased)) == 1
 
 
 def test_a_forked_child_has_no_leased_key(leased: ServiceHandle) -> None:

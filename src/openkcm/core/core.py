@@ -24,7 +24,7 @@ from ..errors import (
     OpenKCMError,
     StoreUnavailable,
 )
-from ..keys import Change, Event, Kind, Service, TenantState, WrappedKeys, check_name
+from ..keys import Change, Event, Kind, OpenedKeys, Service, TenantState, WrappedKeys, check_name
 from ..limits import KEY_ID_BYTES
 from . import audit, services, tenants, tombstones
 from .data_keys import DataKeys
@@ -319,10 +319,10 @@ class Core:
         self._look()
         return self._data_keys.wrap(service, keys, kind, ids)
 
-    def unwrap_keys(
-        self, service: Service, wrapped: WrappedKeys
-    ) -> tuple[SecretKeys, Mapping[int, OpenKCMError]]:
-        """Open wrapped data keys; the mapping has the error of each position that did not open.
+    def unwrap_keys(self, service: Service, wrapped: WrappedKeys) -> OpenedKeys:
+        """Open wrapped data keys: the keys, the error of each position that did not open, and the open-lease.
+
+        The lease is for how many seconds, from before the call, the keys may be kept open; 0 is strict.
 
         Raises:
             LimitExceeded: more than ``limits.MAX_KEYS_PER_CALL`` keys.
@@ -342,7 +342,7 @@ class Core:
         return self._data_keys.rewrap(service, wrapped)
 
     def lease(self, service: Service) -> float:
-        """For how many seconds, from its opening, a data key may be kept open now; 0 is strict.
+        """For how many seconds, from its opening, a data key that is kept may be used now; 0 for no longer.
 
         Raises:
             TenantDark: no key of the tenant may be used, kept ones included.

@@ -21,7 +21,7 @@ from ..errors import (
     SecretMemoryError,
     StoreUnavailable,
 )
-from ..keys import Kind, Service, WrappedKeys
+from ..keys import Kind, OpenedKeys, Service, WrappedKeys
 from ..limits import KEY_ID_BYTES, MAX_KEYS_PER_CALL, WRAPPED_KEY_BYTES
 from .keyring import ServiceKey
 from .tombstones import Tombstones
@@ -50,7 +50,7 @@ class DataKeys:
 
         return self._with_key(service, None, wrap)
 
-    def unwrap(self, service: Service, wrapped: WrappedKeys) -> tuple[SecretKeys, Mapping[int, OpenKCMError]]:
+    def unwrap(self, service: Service, wrapped: WrappedKeys) -> OpenedKeys:
         """As ``Core.unwrap_keys``."""
         blobs, failures = self._without_shredded(service, wrapped)
 
@@ -60,8 +60,9 @@ class DataKeys:
         try:
             keys, failed = self._with_key(service, wrapped.version, unwrap)
         except (DecryptError, KeyDestroyed) as error:
-            return crypto.generate_keys(len(wrapped)), _every(wrapped, error, failures)
-        return keys, _errors(failed, failures)
+            return crypto.generate_keys(len(wrapped)), _every(wrapped, error, failures), 0.0
+        # Looked up after the use: 0 if the tenant was dropped meanwhile.
+        return keys, _errors(failed, failures), self._vault.ring.lease(service.service_id)
 
     def rewrap(
         self, service: Service, wrapped: WrappedKeys

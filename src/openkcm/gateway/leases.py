@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opened data keys that are kept for a moment, where an operator granted an open-lease.
 
-Invariant: a lease begins before its key is opened and ends ``lease`` seconds later; use does not move it. Each use asks
-the Core first whether a lease still stands, so that a tenant that went dark, a Core that is out of touch or a lease
-that was taken back ends it. A change of the tenant wipes every kept key at once, and time does where nobody comes.
+Invariant: a lease begins before its key is opened and ends ``lease`` seconds later; use does not move it. Each use of a
+kept key asks the Core first whether a lease still stands, so that a tenant that went dark, a Core that is out of touch
+or a lease that was taken back ends it. A change of the tenant wipes every kept key at once, and time does where nobody
+comes.
 """
 
 from __future__ import annotations
@@ -62,12 +63,13 @@ class Leases:
             as ``KeyService.unwrap_keys``.
         """
         if len(wrapped) > 1:
-            return self._core.unwrap_keys(self._service, wrapped)
+            keys, failures, _ = self._core.unwrap_keys(self._service, wrapped)
+            return keys, failures
         epoch, asked = self._epoch, self._clock()
         if self._kept and (copy := self._copy(_place(wrapped), asked)) is not None:
             return copy, {}
-        keys, failures = self._core.unwrap_keys(self._service, wrapped)
-        if not failures and (granted := self._core.lease(self._service)) > 0:
+        keys, failures, granted = self._core.unwrap_keys(self._service, wrapped)
+        if granted > 0 and not failures:
             self._keep(_place(wrapped), _Kept(keys.select([0]), asked, asked + granted), epoch)
         return keys, failures
 

@@ -71,7 +71,7 @@ class RunningStreams:
             groups, failures = subjects.open_ids([envelope.data_key])
             keys = groups[0].keys if groups else None
         else:
-            keys, found = self._core.unwrap_keys(
+            keys, found, _ = self._core.unwrap_keys(
                 self._service, WrappedKeys(envelope.kind, envelope.version, envelope.data_key)
             )
             failures = dict(found)

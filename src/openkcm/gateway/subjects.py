@@ -121,7 +121,7 @@ class SubjectKeys:
             if any(key.version != version for key in stored):
                 return None, []  # rotated once more in between; the caller looks again
         wrapped = _pack(stored, version)
-        keys, failures = self._core.unwrap_keys(self._service, wrapped)
+        keys, failures, _ = self._core.unwrap_keys(self._service, wrapped)
         if not failures:
             return OpenKeys(keys, wrapped.ids), []
         keys.wipe()
