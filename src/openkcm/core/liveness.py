@@ -131,7 +131,7 @@ class Liveness:
         self._clock = vault.clock
         self._lock = threading.RLock()
         self._watched: dict[str, _Watched] = {}
-        self._silent: dict[str, tuple[float, RootUnavailable]] = {}
+        self._silent: dict[str, tuple[float, Callable[[], RootUnavailable]]] = {}
         self._turns: Turns[_Watched] = Turns(vault.clock, interval, JITTER)
         self._quick = Lane("openkcm-probe", QUICK_THREADS, MAX_THREADS)
         self._suspect = Lane("openkcm-probe-suspect", SUSPECT_THREADS, SUSPECT_THREADS)
@@ -143,13 +143,17 @@ class Liveness:
         """Raise TenantDark unless the tenant's open keys may be used now."""
         watched = self._watched.get(tenant)
         if watched is not None and self._clock() >= watched.until:
+            if watched.state is TenantState.DARK:
+                # No lock: whoever brought the state about zeroes and records, and the users of a dark tenant, who may
+                # be many and busy, must cost its neighbours little.
+                raise TenantDark(self._explain(watched))
             self._overdue(watched)
 
     def _overdue(self, watched: _Watched) -> None:
         try:
             if self._settled_by_time(watched):
                 return
-            if watched.state is not TenantState.DARK:
+            if watched.state is not TenantState.DARK:  # grace may just have ended
                 self.probe(watched)
         finally:
             self._record(watched)
@@ -192,7 +196,9 @@ class Liveness:
 
     def silent(self, tenant: str, error: RootUnavailable) -> None:
         """A root did not answer an opening; it is not asked again for a moment."""
-        self._silent[tenant] = (self._clock() + REFUSAL_SECONDS, error)
+        # Not the error itself, which holds on to every frame that it passes and to the caller's data in them.
+        again = partial(type(error), str(error), retryable=error.retryable)
+        self._silent[tenant] = (self._clock() + REFUSAL_SECONDS, again)
 
     def last_word(self, tenant: str) -> str | None:
         """Why the tenant is dark, if its root said so just now and need not be asked again; else None."""
@@ -201,10 +207,11 @@ class Liveness:
             return None
         return self._explain(watched) if self._clock() < watched.asked + REFUSAL_SECONDS else None
 
-    def still_silent(self, tenant: str) -> RootUnavailable | None:
-        """The outage of a moment ago, if it is too early to ask again."""
+    def check_silent(self, tenant: str) -> None:
+        """Raise RootUnavailable if the root did not answer a moment ago, so that it is too early to ask again."""
         known = self._silent.get(tenant)
-        return known[1] if known is not None and self._clock() < known[0] else None
+        if known is not None and self._clock() < known[0]:
+            raise known[1]()
 
     def forget(self, tenant: str) -> None:
         """Watch a tenant no more: it was killed or unlinked, or is another root's now."""
@@ -309,24 +316,32 @@ class Liveness:
             asked = watched.under_way = self._clock()
             self.counts["probes"] += 1
             try:
-                self._ask(watched, asked)
+                self._heard(watched, asked, self._answer(watched))
             finally:
                 watched.under_way = None
         self._record(watched)
 
-    def _ask(self, watched: _Watched, asked: float) -> None:
-        error: OpenKCMError | None = None
+    def _answer(self, watched: _Watched) -> OpenKCMError | None:
+        """Ask the root: what it says against the keys' use; None is a yes.
+
+        No frame that a raised error passes keeps the error: that would be a cycle, with all that a provider's SDK has
+        in its frames, until the collector comes.
+        """
         try:
             sealed = patiently(self._vault.ask_root, watched.row)
-            if not self._genuine(watched, sealed):
-                error = RootMisconfigured("the root answers with another plaintext than it wrapped")
+            if self._genuine(watched, sealed):
+                return None
+            return RootMisconfigured("the root answers with another plaintext than it wrapped")
         except DecryptError:
-            error = RootMisconfigured("the root does not know the tenant key that it once wrapped")
+            return RootMisconfigured("the root does not know the tenant key that it once wrapped")
         except OpenKCMError as raised:
-            error = raised
+            return raised
         except Exception:
             logger.exception("the root of tenant %s failed in an unknown way", watched.row.tenant)
-            error = RootMisconfigured("the root's provider failed in an unknown way; see the log")
+            return RootMisconfigured("the root's provider failed in an unknown way; see the log")
+
+    def _heard(self, watched: _Watched, asked: float, error: OpenKCMError | None) -> None:
+        """Act on the answer to what was asked at ``asked``."""
         with watched.lock:
             watched.asked = asked
             watched.seconds = self._clock() - asked
@@ -401,7 +416,7 @@ class Liveness:
 
     def _change(self, watched: _Watched, state: TenantState, reason: str) -> None:
         tenant, before = watched.row.tenant, watched.state
-        watched.state, watched.reason = state, reason
+        watched.reason, watched.state = reason, state  # in this order: who sees dark may explain it at once
         if state is TenantState.DARK:
             self._vault.zero(tenant)
             watched.zeroed = self._clock()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 import sqlalchemy as sql
+from sqlalchemy.engine import Connection
 
 from ..clock import awake_clock, utc_now
 from ..crypto import WrappingKey
@@ -41,6 +42,7 @@ from .keyring import Keyring, ServiceKey
 from .liveness import Liveness
 from .opening import open_sealed_tenant_key, open_service_key, root_context
 from .patience import patiently
+from .refusals import Refusals
 from .rows import LIVE, MAX_REASON, FoundKey, TenantRow, no_such_service, read_service_key, read_tenant
 from .seal import open_seal
 from .store import Store
@@ -98,6 +100,7 @@ class Vault:
         self._dark: dict[str, str] = {}
         self.liveness = Liveness(self, *self._probing)
         self.follower = Follower(self)
+        self._refusals = Refusals(self.store)
 
     def forget(self) -> None:
         """Start anew in a forked child: nothing secret is inherited, and the parent's sessions are left alone."""
@@ -190,9 +193,7 @@ class Vault:
 
         A refusal makes the tenant dark. It, and an outage, are remembered for a moment.
         """
-        outage = self.liveness.still_silent(row.tenant)
-        if outage is not None:
-            raise type(outage)(str(outage))
+        self.liveness.check_silent(row.tenant)
         try:
             sealed = patiently(self.ask_root, row)
             return open_sealed_tenant_key(
@@ -228,11 +229,7 @@ class Vault:
         """Raise TenantDark unless the tenant may be used."""
         reason = self._dark.get(row.tenant)
         if row.state != LIVE or reason is not None:
-            why = reason or row.reason
-            raise TenantDark(
-                f"the tenant {row.tenant} was killed{f' ({why})' if why else ''}; "
-                "'openkcm tenant restore' brings it back"
-            )
+            raise _killed(row.tenant, reason or row.reason)
         refusal = self.liveness.last_word(row.tenant)
         if refusal is not None:
             raise TenantDark(refusal)
@@ -274,11 +271,16 @@ class Vault:
         return _of_tenant(held, service)
 
     def _open_service_key(self, service: Service, version: int | None) -> ServiceKey:
+        seen = self._refusals.check(service.tenant)
+        if not self.ring.is_open(service.tenant):
+            self.liveness.check_silent(
+                service.tenant
+            )  # before the store is read: it may be asked for each record
         with self._lock_of(service.tenant):
             for _ in range(_TRIES):
                 epoch = self.ring.epoch(service.tenant)
                 with self.store.read() as connection:
-                    row = read_tenant(connection, service.tenant)
+                    row = self._read_user(connection, service.tenant, seen)
                     found = read_service_key(connection, service, version)
                 if self.follower.overtaken(row):
                     continue
@@ -287,6 +289,17 @@ class Vault:
                 if opened is not None:
                     return opened
         raise StoreUnavailable(OVERTAKEN)
+
+    def _read_user(self, connection: Connection, tenant: str, seen: int) -> TenantRow:
+        """Read the tenant of a key's user, who will come again: that it is off is remembered."""
+        try:
+            row = read_tenant(connection, tenant)
+        except KeyDestroyed as error:
+            self._refusals.remember(tenant, seen, error)
+            raise
+        if row.state != LIVE:
+            self._refusals.remember(tenant, seen, _killed(tenant, row.reason))
+        return row
 
     def _open_under(self, parent: OpenTenant, service: Service, found: FoundKey) -> ServiceKey | None:
         row = parent.row
@@ -391,6 +404,12 @@ def check_seal(seal: WrappingKey, check: bytes, vault_id: bytes) -> None:
         raise SealError(
             "the seal file belongs to another vault, or is damaged; put this vault's own seal file back"
         ) from None
+
+
+def _killed(tenant: str, why: str) -> TenantDark:
+    return TenantDark(
+        f"the tenant {tenant} was killed{f' ({why})' if why else ''}; 'openkcm tenant restore' brings it back"
+    )
 
 
 def _of_tenant(held: ServiceKey, service: Service) -> ServiceKey:
