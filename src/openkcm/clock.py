@@ -4,19 +4,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 
 
-def awake_clock() -> float:
-    """Seconds that only ever grow, also while the machine is suspended, where the system has such a clock.
+# On the path of every use of a key: bound in C, which costs half of what a function of ours would.
+awake_clock: Callable[[], float] = (
+    partial(time.clock_gettime, time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic
+)
+"""Seconds that only ever grow, also while the machine is suspended, where the system has such a clock (Linux).
 
-    Key time must not stand still in a suspended machine: what it was told an hour ago is an hour old.
-    """
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-if not hasattr(time, "CLOCK_BOOTTIME"):  # not Linux
-    awake_clock = time.monotonic
+Key time must not stand still in a suspended machine: what it was told an hour ago is an hour old.
+"""
 
 
 def utc_now() -> str:

@@ -346,6 +346,20 @@ cdef class RecordCipher:
         OPENSSL_cleanse(scratch, SMALL + COMMITMENT)
         return -1 if status == BROKEN else first
 
+    def split(self, blob):
+        """The version and the middle of one record; None if it is not exact bytes of this head and layout."""
+        cdef const uint8_t *data
+        if not PyBytes_CheckExact(blob) or PyBytes_GET_SIZE(blob) < self.overhead():
+            return None
+        data = <const uint8_t *>PyBytes_AS_STRING(blob)
+        if memcmp(data, self.head_data, <size_t>self.head_size) != 0:
+            return None
+        data += self.head_size
+        return (
+            <uint32_t>data[0] << 24 | <uint32_t>data[1] << 16 | <uint32_t>data[2] << 8 | data[3],
+            PyBytes_FromStringAndSize(<const char *>data + VERSION, self.middle_size),
+        )
+
     def gather(self, blobs, bint runs=False):
         """Collect the middles of a batch, if every blob has this head and layout and all share one version.
 

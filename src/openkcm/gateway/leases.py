@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 from ..clock import awake_clock
 from ..crypto import SecretKeys
 from ..errors import OpenKCMError, SecretMemoryError
-from ..keys import KeyService, Kind, Service, WrappedKeys
+from ..keys import KeyService, Service, WrappedKeys
 
 MOST_KEPT: Final = 1024
 """Keys kept for each service; the oldest goes first."""
@@ -26,7 +26,7 @@ MOST_KEPT: Final = 1024
 class _Place(NamedTuple):
     """All that a wrapped key is bound to besides its service: what is kept is found by nothing less."""
 
-    kind: Kind
+    stored: bool
     version: int
     wrapped: bytes
     key_id: bytes
@@ -73,17 +73,38 @@ class Leases:
             self._keep(_place(wrapped), _Kept(keys.select([0]), asked, asked + granted), epoch)
         return keys, failures
 
-    def _copy(self, place: _Place, now: float) -> SecretKeys | None:
+    def find_inline(self, version: int, wrapped: bytes) -> SecretKeys | None:
+        """The kept key of an inline record, if it may be used now; None otherwise.
+
+        It is not the caller's to wipe, and may be wiped while it is used (SecretMemoryError).
+
+        Raises:
+            as ``KeyService.lease``.
+        """
+        if not self._kept:
+            return None
+        kept = self._find(_Place(False, version, wrapped, b""), self._clock())
+        return None if kept is None else kept.keys
+
+    def _find(self, place: _Place, now: float) -> _Kept | None:
         kept = self._kept.get(place)
         if kept is None:
             return None
         granted = self._core.lease(self._service)
         if now < min(kept.until, kept.opened + granted):
-            try:
-                return kept.keys.select([0])
-            except SecretMemoryError:
-                if not kept.keys.wiped:
-                    raise
+            return kept
+        self._drop([place])
+        return None
+
+    def _copy(self, place: _Place, now: float) -> SecretKeys | None:
+        kept = self._find(place, now)
+        if kept is None:
+            return None
+        try:
+            return kept.keys.select([0])
+        except SecretMemoryError:
+            if not kept.keys.wiped:
+                raise
         self._drop([place])
         return None
 
@@ -144,7 +165,7 @@ class Leases:
 
 
 def _place(wrapped: WrappedKeys) -> _Place:
-    return _Place(wrapped.kind, wrapped.version, wrapped.wrapped, wrapped.ids)
+    return _Place(wrapped.kind.stored, wrapped.version, wrapped.wrapped, wrapped.ids)
 
 
 def _weak_tick(leases: Leases) -> Callable[[], None]:

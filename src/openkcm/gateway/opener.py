@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..crypto import RecordCipher, SecretKeys
-from ..errors import DecryptError, OpenKCMError
+from ..errors import DecryptError, OpenKCMError, SecretMemoryError
 from ..keys import Kind, Service, WrappedKeys
 from ..limits import KEY_ID_BYTES
 from .batches import Contexts, Groups, at_index, index_of, pick, place_failures, settle
@@ -59,6 +59,25 @@ class Opener:
         if groups.stored:
             self._open_stored(groups, blobs, contexts)
         return settle(groups.outcomes, in_place)
+
+    def open_inline(self, blob: bytes, version: int, wrapped: bytes, context: bytes) -> bytes | None:
+        """Open one record whose data key is inside; None where that key does not open, which ``open`` explains.
+
+        Raises:
+            DecryptError: another key or context, or altered.
+        """
+        kept = self._leases.find_inline(version, wrapped)
+        if kept is not None:
+            try:
+                return _verified(self._inline.open_one(kept, 0, context, blob))
+            except SecretMemoryError:
+                if not kept.wiped:
+                    raise
+        keys, failures = self._leases.open(WrappedKeys(Kind.INLINE, version, wrapped))
+        try:
+            return None if failures else _verified(self._inline.open_one(keys, 0, context, blob))
+        finally:
+            keys.wipe()
 
     def _open_stored_only(
         self, packed: bytes, blobs: list[Any], contexts: Contexts, in_place: bool
@@ -137,3 +156,9 @@ class Opener:
         for at in failed:
             results[at] = DecryptError(index=at)
         return results
+
+
+def _verified(record: bytes | None) -> bytes:
+    if record is None:
+        raise DecryptError()
+    return record

@@ -130,6 +130,12 @@ class ServiceHandle:
             KeyDestroyed: the subject's data key was shredded.
             TenantDark, RootUnavailable, StoreUnavailable: its key cannot be opened now.
         """
+        inline = self._inline.split(blob)
+        if inline is not None and inline[0]:
+            encoded = ABSENT if context is None else encode_context(context)
+            record = self._opener.open_inline(blob, *inline, encoded)  # type: ignore[arg-type]  # it is bytes
+            if record is not None:
+                return record
         try:
             return bytes(self.decrypt_many([blob], context=context)[0])
         except OpenKCMError as error:
