@@ -42,7 +42,9 @@ _FIXED: Final = struct.Struct(">4sBBH12sI")
 FIXED_BYTES: Final = _FIXED.size
 """Magic, suite, kind, reserved, service id and service key version."""
 
-VERSION_OFFSET: Final = FIXED_BYTES - 4
+VERSION_BYTES: Final = 4
+VERSION_OFFSET: Final = FIXED_BYTES - VERSION_BYTES
+INLINE_PLACE_BYTES: Final = VERSION_BYTES + WRAPPED_KEY_BYTES
 INLINE_HEADER_BYTES: Final = FIXED_BYTES + WRAPPED_KEY_BYTES
 STORED_HEADER_BYTES: Final = FIXED_BYTES + KEY_ID_BYTES
 INLINE_OVERHEAD: Final = INLINE_HEADER_BYTES + NONCE_BYTES + COMMITMENT_BYTES + TAG_BYTES
@@ -186,3 +188,13 @@ def data_key_aad(tenant: str, region: str, service_id: bytes, version: int, kind
     """``wrap_aad`` of layer 4 up to and with the id's length, for batches: append each id, or nothing."""
     whole = wrap_aad(4, tenant, region, service_id=service_id, version=version, kind=kind)
     return whole[:-2] + (KEY_ID_BYTES if kind.stored else 0).to_bytes(2, "big")
+
+
+def pack_place(version: int, wrapped: bytes) -> bytes:
+    """A service key version (4, big-endian) and the wrapped key under it, side by side as in an inline envelope."""
+    return version.to_bytes(VERSION_BYTES, "big") + wrapped
+
+
+def split_place(place: bytes) -> tuple[int, bytes]:
+    """The inverse of ``pack_place``."""
+    return int.from_bytes(place[:VERSION_BYTES], "big"), place[VERSION_BYTES:]

@@ -328,3 +328,36 @@ def test_a_lease_is_shown_recorded_and_durable(
 def test_a_lease_is_bounded(core: openkcm.Core, seconds: float) -> None:
     refused(lambda: core.set_lease("acme", "records", seconds), InvalidInput)
     refused(lambda: core.set_lease("acme", "nothing", 5), ServiceNotFound)
+
+
+def test_the_core_is_asked_again_after_a_hundredth_of_a_second(
+    core: openkcm.Core, leased: ServiceHandle, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+    lease = core.lease
+    monkeypatch.setattr(core, "lease", lambda service: (asked.append(clock()), lease(service))[1])
+    blob = leased.encrypt(b"x")
+    for seconds in (0.0, 0.0, 0.005, 0.006, 0.001):
+        clock.now += seconds
+        assert leased.decrypt(blob) == b"x"
+    assert len(asked) == 2  # the first use opened it; the second asked, and so did the one after 11 ms
+
+
+def test_a_key_that_is_wiped_while_it_is_used_is_opened_anew(
+    core: openkcm.Core, leased: ServiceHandle, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blob = leased.encrypt(b"x")
+    assert leased.decrypt(blob) == b"x"
+    (keys,) = kept(leased)
+    keys.wipe()
+    monkeypatch.setattr(leased._leases, "find", lambda place: keys)
+    assert leased.decrypt(blob) == b"x"
+    assert calls == [1, 1]
+
+
+def test_an_altered_record_is_refused_under_a_kept_key_too(leased: ServiceHandle) -> None:
+    blob = leased.encrypt(b"x", context=b"c")
+    assert leased.decrypt(blob, context=b"c") == b"x"
+    bad = blob[:-1] + bytes([blob[-1] ^ 1])
+    assert refused(lambda: leased.decrypt(bad, context=b"c"), DecryptError).index is None
+    refused(lambda: leased.decrypt(blob, context=b"d"), DecryptError)

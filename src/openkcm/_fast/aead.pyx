@@ -158,12 +158,14 @@ cdef class RecordCipher:
         """Seal one record under the key at ``position``; ``consume`` zeroes that key afterwards."""
         cdef Item item
         cdef uint8_t nonce[NONCE]
-        cdef list held = []
+        cdef list held = None
         cdef Gcm cipher
         cdef uint8_t *key
         cdef const uint8_t *middle
         cdef bytes output
         cdef int status = BROKEN
+        if not PyBytes_CheckExact(record):
+            held = []
         pin(record, &item.data, &item.size, held, ALONE)
         self.check_size(item.size, ALONE)
         if PyBytes_GET_SIZE(middles) != keys.count * self.middle_size:
@@ -255,11 +257,13 @@ cdef class RecordCipher:
         """Open one record; None when it does not verify."""
         cdef Item item
         cdef uint8_t scratch[SMALL + COMMITMENT]
-        cdef list held = []
+        cdef list held = None
         cdef Gcm cipher
         cdef uint8_t *key
         cdef bytes output
         cdef int status = BROKEN
+        if not PyBytes_CheckExact(blob):
+            held = []
         pin(blob, &item.data, &item.size, held, ALONE)
         if item.size < self.overhead() or item.size - self.overhead() > MAX_RECORD:
             return None
@@ -346,19 +350,15 @@ cdef class RecordCipher:
         OPENSSL_cleanse(scratch, SMALL + COMMITMENT)
         return -1 if status == BROKEN else first
 
-    def split(self, blob):
-        """The version and the middle of one record; None if it is not exact bytes of this head and layout."""
+    def place(self, blob):
+        """The version and the middle of one record, side by side; None if it is not exact bytes of this layout."""
         cdef const uint8_t *data
         if not PyBytes_CheckExact(blob) or PyBytes_GET_SIZE(blob) < self.overhead():
             return None
         data = <const uint8_t *>PyBytes_AS_STRING(blob)
         if memcmp(data, self.head_data, <size_t>self.head_size) != 0:
             return None
-        data += self.head_size
-        return (
-            <uint32_t>data[0] << 24 | <uint32_t>data[1] << 16 | <uint32_t>data[2] << 8 | data[3],
-            PyBytes_FromStringAndSize(<const char *>data + VERSION, self.middle_size),
-        )
+        return PyBytes_FromStringAndSize(<const char *>data + self.head_size, VERSION + self.middle_size)
 
     def gather(self, blobs, bint runs=False):
         """Collect the middles of a batch, if every blob has this head and layout and all share one version.

@@ -214,11 +214,11 @@ class RecordCipher:
             opened.append(record)
         return opened, failed
 
-    def split(self, blob: Any) -> tuple[int, bytes] | None:
-        """The version and the middle of one record; None if it is not exact bytes of this head and layout."""
+    def place(self, blob: Any) -> bytes | None:
+        """The version and the middle of one record, side by side; None if it is not exact bytes of this layout."""
         if type(blob) is not bytes or len(blob) < self._overhead or not blob.startswith(self._head):
             return None
-        return int.from_bytes(blob[len(self._head) : self._middle], "big"), blob[self._middle : self._nonce]
+        return blob[len(self._head) : self._nonce]
 
     def gather(self, blobs: Iterable[Any], runs: bool = False) -> tuple[int, bytes, array[int] | None] | None:
         """Collect the middles of a batch, if every blob has this head and layout and all share one version.

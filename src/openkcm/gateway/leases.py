@@ -9,6 +9,7 @@ comes.
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from typing import Final, NamedTuple
 
 from ..clock import awake_clock
 from ..crypto import SecretKeys
+from ..envelope import INLINE_PLACE_BYTES, pack_place
 from ..errors import OpenKCMError, SecretMemoryError
 from ..keys import KeyService, Service, WrappedKeys
 
@@ -23,13 +25,8 @@ MOST_KEPT: Final = 1024
 """Keys kept for each service; the oldest goes first."""
 
 
-class _Place(NamedTuple):
-    """All that a wrapped key is bound to besides its service: what is kept is found by nothing less."""
-
-    stored: bool
-    version: int
-    wrapped: bytes
-    key_id: bytes
+RECENT_SECONDS: Final = 0.01
+"""For how long the Core's word that a lease stands is good: it is about time, which it counts in tenths of a second."""
 
 
 class _Kept(NamedTuple):
@@ -50,8 +47,9 @@ class Leases:
     def after_fork(self) -> None:
         """Start without keys: secret memory is not inherited, and neither is the timer's thread."""
         self._lock = threading.Lock()
-        self._kept: dict[_Place, _Kept] = {}
+        self._kept: dict[bytes, _Kept] = {}
         self._epoch = 0
+        self._heard = -math.inf
         self._timer: threading.Timer | None = None
 
     def open(self, wrapped: WrappedKeys) -> tuple[SecretKeys, Mapping[int, OpenKCMError]]:
@@ -66,56 +64,55 @@ class Leases:
             keys, failures, _ = self._core.unwrap_keys(self._service, wrapped)
             return keys, failures
         epoch, asked = self._epoch, self._clock()
-        if self._kept and (copy := self._copy(_place(wrapped), asked)) is not None:
+        if self._kept and (copy := self._copy(_place(wrapped))) is not None:
             return copy, {}
         keys, failures, granted = self._core.unwrap_keys(self._service, wrapped)
         if granted > 0 and not failures:
             self._keep(_place(wrapped), _Kept(keys.select([0]), asked, asked + granted), epoch)
         return keys, failures
 
-    def find_inline(self, version: int, wrapped: bytes) -> SecretKeys | None:
-        """The kept key of an inline record, if it may be used now; None otherwise.
+    def find(self, place: bytes) -> SecretKeys | None:
+        """The kept key of a place, if it may be used now; None otherwise.
 
         It is not the caller's to wipe, and may be wiped while it is used (SecretMemoryError).
 
         Raises:
             as ``KeyService.lease``.
         """
-        if not self._kept:
-            return None
-        kept = self._find(_Place(False, version, wrapped, b""), self._clock())
-        return None if kept is None else kept.keys
-
-    def _find(self, place: _Place, now: float) -> _Kept | None:
         kept = self._kept.get(place)
         if kept is None:
             return None
+        now = self._clock()
+        if now - self._heard < RECENT_SECONDS and now < kept.until:
+            return kept.keys
         granted = self._core.lease(self._service)
         if now < min(kept.until, kept.opened + granted):
-            return kept
+            self._heard = now
+            return kept.keys
         self._drop([place])
         return None
 
-    def _copy(self, place: _Place, now: float) -> SecretKeys | None:
-        kept = self._find(place, now)
-        if kept is None:
+    def _copy(self, place: bytes) -> SecretKeys | None:
+        keys = self.find(place)
+        if keys is None:
             return None
         try:
-            return kept.keys.select([0])
+            return keys.select([0])
         except SecretMemoryError:
-            if not kept.keys.wiped:
+            if not keys.wiped:
                 raise
         self._drop([place])
         return None
 
     def forget(self, key_ids: frozenset[bytes]) -> None:
         """Zero the kept keys of these ids: they were shredded."""
-        self._drop([place for place in list(self._kept) if place.key_id in key_ids])
+        self._drop([place for place in list(self._kept) if place[INLINE_PLACE_BYTES:] in key_ids])
 
     def wipe(self) -> None:
         """Zero every kept key; what is being opened meanwhile is not kept."""
         with self._lock:
             self._epoch += 1
+            self._heard = -math.inf
             kept, self._kept = self._kept, {}
             timer, self._timer = self._timer, None
         if timer is not None:
@@ -130,8 +127,8 @@ class Leases:
 
     # ---- inside --------------------------------------------------------------------------------------
 
-    def _keep(self, place: _Place, kept: _Kept, epoch: int) -> None:
-        oldest: list[_Place] = []
+    def _keep(self, place: bytes, kept: _Kept, epoch: int) -> None:
+        oldest: list[bytes] = []
         with self._lock:
             wanted = epoch == self._epoch and place not in self._kept
             if wanted:
@@ -157,15 +154,19 @@ class Leases:
             if self._kept:
                 self._start_timer(min(kept.until for kept in self._kept.values()))
 
-    def _drop(self, places: list[_Place]) -> None:
+    def _drop(self, places: list[bytes]) -> None:
         with self._lock:
             gone = [kept for place in places if (kept := self._kept.pop(place, None)) is not None]
         for kept in gone:
             kept.keys.wipe()
 
 
-def _place(wrapped: WrappedKeys) -> _Place:
-    return _Place(wrapped.kind.stored, wrapped.version, wrapped.wrapped, wrapped.ids)
+def _place(wrapped: WrappedKeys) -> bytes:
+    """All that a wrapped key is bound to besides its service: what is kept is found by nothing less.
+
+    Of an inline key this is what stands in its envelope; a stored key's id follows it, which tells the two apart.
+    """
+    return pack_place(wrapped.version, wrapped.wrapped) + wrapped.ids
 
 
 def _weak_tick(leases: Leases) -> Callable[[], None]:

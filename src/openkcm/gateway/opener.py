@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..crypto import RecordCipher, SecretKeys
+from ..envelope import split_place
 from ..errors import DecryptError, OpenKCMError, SecretMemoryError
 from ..keys import Kind, Service, WrappedKeys
 from ..limits import KEY_ID_BYTES
@@ -36,6 +37,7 @@ class Opener:
         self._subjects = subjects
         self._inline = inline
         self._stored = stored
+        self._open_one = inline.open_one
 
     def open(self, blobs: list[Any], contexts: Contexts, in_place: bool) -> list[Any]:
         """Open envelopes of any record kind and version; outcomes in their order, as ``decrypt_many`` has them."""
@@ -60,24 +62,40 @@ class Opener:
             self._open_stored(groups, blobs, contexts)
         return settle(groups.outcomes, in_place)
 
-    def open_inline(self, blob: bytes, version: int, wrapped: bytes, context: bytes) -> bytes | None:
+    def open_inline(self, blob: bytes, place: bytes, context: bytes) -> bytes | None:
         """Open one record whose data key is inside; None where that key does not open, which ``open`` explains.
+
+        Args:
+            blob: the envelope.
+            place: its service key version (4, big-endian) and wrapped key, as they stand in it.
+            context: encoded.
 
         Raises:
             DecryptError: another key or context, or altered.
         """
-        kept = self._leases.find_inline(version, wrapped)
+        kept = self._leases.find(place)
         if kept is not None:
             try:
-                return _verified(self._inline.open_one(kept, 0, context, blob))
+                record: bytes | None = self._open_one(kept, 0, context, blob)
+                if record is None:
+                    raise DecryptError()
+                return record
             except SecretMemoryError:
                 if not kept.wiped:
                     raise
+        version, wrapped = split_place(place)
+        if not version:
+            return None
         keys, failures = self._leases.open(WrappedKeys(Kind.INLINE, version, wrapped))
         try:
-            return None if failures else _verified(self._inline.open_one(keys, 0, context, blob))
+            if failures:
+                return None
+            record = self._open_one(keys, 0, context, blob)
         finally:
             keys.wipe()
+        if record is None:
+            raise DecryptError()
+        return record
 
     def _open_stored_only(
         self, packed: bytes, blobs: list[Any], contexts: Contexts, in_place: bool
@@ -156,9 +174,3 @@ class Opener:
         for at in failed:
             results[at] = DecryptError(index=at)
         return results
-
-
-def _verified(record: bytes | None) -> bytes:
-    if record is None:
-        raise DecryptError()
-    return record

@@ -65,6 +65,8 @@ class ServiceHandle:
         self._stored = _cipher(Kind.STORED, service, KEY_ID_BYTES)
         self._opener = Opener(service, self._leases, self._subjects, self._inline, self._stored)
         self._seal_one = self._inline.seal_one
+        self._place = self._inline.place
+        self._open_inline = self._opener.open_inline
         self._single_use = policy.records == 1
         self.after_fork()
 
@@ -130,10 +132,10 @@ class ServiceHandle:
             KeyDestroyed: the subject's data key was shredded.
             TenantDark, RootUnavailable, StoreUnavailable: its key cannot be opened now.
         """
-        inline = self._inline.split(blob)
-        if inline is not None and inline[0]:
+        place = self._place(blob)
+        if place is not None:
             encoded = ABSENT if context is None else encode_context(context)
-            record = self._opener.open_inline(blob, *inline, encoded)  # type: ignore[arg-type]  # it is bytes
+            record = self._open_inline(blob, place, encoded)  # type: ignore[arg-type]  # it is bytes
             if record is not None:
                 return record
         try:
