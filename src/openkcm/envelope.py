@@ -184,10 +184,20 @@ def wrap_aad(
     return b"".join(len(field).to_bytes(2, "big") + field for field in fields)
 
 
-def data_key_aad(tenant: str, region: str, service_id: bytes, version: int, kind: Kind) -> bytes:
+def data_keys_aad(tenant: str, region: str, service_id: bytes, version: int) -> bytes:
+    """What ``wrap_aad`` has in common for all data keys under one service key: the argument of ``data_key_aad``."""
+    return wrap_aad(4, tenant, region, service_id=service_id, version=version)[:-4]
+
+
+def data_key_aad(common: bytes, kind: Kind) -> bytes:
     """``wrap_aad`` of layer 4 up to and with the id's length, for batches: append each id, or nothing."""
-    whole = wrap_aad(4, tenant, region, service_id=service_id, version=version, kind=kind)
-    return whole[:-2] + (KEY_ID_BYTES if kind.stored else 0).to_bytes(2, "big")
+    return common + _KIND_AAD[kind]
+
+
+_KIND_AAD: Final = {
+    kind: b"\0\1" + bytes((kind.wrap_kind,)) + (KEY_ID_BYTES if kind.stored else 0).to_bytes(2, "big")
+    for kind in Kind
+}
 
 
 def pack_place(version: int, wrapped: bytes) -> bytes:

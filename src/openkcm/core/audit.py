@@ -66,6 +66,11 @@ def append(
     )
 
 
+def last_number(connection: Connection) -> int:
+    """The number of the newest record, 0 if there is none."""
+    return int(connection.execute(sql.select(sql.func.max(schema.audit.c.number))).scalar() or 0)
+
+
 def records(connection: Connection) -> list[AuditRecord]:
     """Every record, oldest first."""
     columns = schema.audit.c

@@ -45,7 +45,7 @@ class DataKeys:
             raise InvalidInput(f"a kind is an openkcm.Kind, not {type(kind).__name__}")
 
         def wrap(held: ServiceKey) -> WrappedKeys:
-            wrapped = crypto.wrap_many(held.key, keys, held.aad[kind], ids)
+            wrapped = crypto.wrap_many(held.key, keys, held.aad(kind), ids)
             return WrappedKeys(kind, held.version, wrapped, ids)
 
         return self._with_key(service, None, wrap)
@@ -55,7 +55,7 @@ class DataKeys:
         blobs, failures = self._without_shredded(service, wrapped)
 
         def unwrap(held: ServiceKey) -> tuple[SecretKeys, list[int]]:
-            return crypto.unwrap_many(held.key, blobs, held.aad[wrapped.kind], wrapped.ids)
+            return crypto.unwrap_many(held.key, blobs, held.aad(wrapped.kind), wrapped.ids)
 
         try:
             keys, failed = self._with_key(service, wrapped.version, unwrap)
@@ -73,7 +73,7 @@ class DataKeys:
         def rewrap(old: ServiceKey) -> tuple[WrappedKeys, list[int]]:
             new = self._vault.active_key(service)
             moved, failed = crypto.rewrap_many(
-                old.key, new.key, blobs, old.aad[wrapped.kind], new.aad[wrapped.kind], wrapped.ids
+                old.key, new.key, blobs, old.aad(wrapped.kind), new.aad(wrapped.kind), wrapped.ids
             )
             return WrappedKeys(wrapped.kind, new.version, moved, wrapped.ids), failed
 

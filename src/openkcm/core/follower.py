@@ -11,15 +11,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 import sqlalchemy as sql
+from sqlalchemy.engine import Connection
 
 from ..keys import Change, Event, TenantState
-from . import schema
+from . import audit, schema
 from .rows import LIVE, TenantRow
 
 if TYPE_CHECKING:
     from .vault import Vault
 
 _CHUNK: Final = 500
+_MOST_ACTS: Final = 5000
+"""Acts since the last look up to which it is cheaper to read whom they are about than to look at every open tenant."""
 
 
 class Follower:
@@ -30,6 +33,7 @@ class Follower:
         # The generation that Gateways know of each tenant whose keys were used here since it was last dark.
         self.told: dict[str, int] = {}
         self._seen: int | None = None
+        self._number: int | None = None
         self.polled = vault.clock()
 
     def forget(self, tenant: str) -> None:
@@ -47,8 +51,10 @@ class Follower:
         seen = self._vault.store.data_version()
         if seen == self._seen:
             return
+        with self._vault.store.read() as connection:
+            number, acted_on = self._acts(connection)
+        told = list(self._concerned(acted_on))
         columns = schema.tenants.c
-        told = list({*self.told, *self._vault.liveness.dark()})
         for start in range(0, len(told), _CHUNK):
             with self._vault.store.read() as connection:
                 rows = connection.execute(
@@ -61,7 +67,32 @@ class Follower:
                 if row.liveness != TenantState.DARK:
                     self._vault.liveness.news(row.tenant, row.generation)
         # Only now: a look that failed half-way is made again.
-        self._seen = seen
+        self._seen, self._number = seen, number
+
+    def _acts(self, connection: Connection) -> tuple[int, set[str] | None]:
+        """The last audit record's number, and whom the records since the last look are about; None for anybody.
+
+        Every change of a generation has a record in its transaction, so that a look costs what was changed and not
+        what is open. Anybody: at the first look, after very many acts, and where the store changed without one.
+        """
+        last = audit.last_number(connection)
+        if self._number is None or not 0 < last - self._number <= _MOST_ACTS:
+            return last, None
+        columns = schema.audit.c
+        acts = connection.execute(sql.select(columns.tenant).where(columns.number > self._number).distinct())
+        return last, set(acts.scalars())
+
+    def _concerned(self, acted_on: set[str] | None) -> set[str]:
+        """Those whose change must be seen here: used in this process, or dark in it."""
+        liveness = self._vault.liveness
+        if acted_on is None:
+            return {*list(self.told), *liveness.dark()}
+        return {
+            tenant
+            for tenant in acted_on
+            if tenant in self.told
+            or ((known := liveness.state_of(tenant)) is not None and known.state is TenantState.DARK)
+        }
 
     def overtaken(self, row: TenantRow) -> bool:
         """Whether the store has moved on since this process's Gateways were told of the tenant; tells them."""

@@ -12,27 +12,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..crypto import WrappingKey
-from ..envelope import data_key_aad
+from ..envelope import data_key_aad, data_keys_aad
 from ..keys import Kind, Service
 
 
 class ServiceKey:
-    """One version of a service key, open, with the associated data of the data keys under it.
+    """One version of a service key, open. There may be a million of these: every byte of one counts.
 
     ``lease`` is for how many seconds a Gateway may keep a data key that it had opened; 0 for not at all.
     """
 
-    __slots__ = ("aad", "key", "lease", "service", "version")
+    __slots__ = ("_aad", "key", "lease", "service", "version")
 
     def __init__(self, service: Service, version: int, key: WrappingKey, lease: float) -> None:
         self.service = service
         self.version = version
         self.key = key
         self.lease = lease
-        self.aad = {
-            kind: data_key_aad(service.tenant, service.region, service.service_id, version, kind)
-            for kind in Kind
-        }
+        self._aad = data_keys_aad(service.tenant, service.region, service.service_id, version)
+
+    def aad(self, kind: Kind) -> bytes:
+        """The associated data of the data keys under it, but for their ids."""
+        return data_key_aad(self._aad, kind)
 
 
 class _Tenant:

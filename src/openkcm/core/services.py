@@ -6,6 +6,7 @@ Invariant: that of ``act``.
 
 from __future__ import annotations
 
+import sys
 from typing import Final, NamedTuple
 
 import sqlalchemy as sql
@@ -38,7 +39,8 @@ def find_service(vault: Vault, tenant: str, name: str) -> Service:
         raise ServiceNotFound(
             f"the tenant {tenant} has no service {name}; make it with 'openkcm service create {tenant} {name}'"
         )
-    return Service(tenant, region, name, service_id)
+    # One text for all: there are few regions, and may be a million services in memory.
+    return Service(tenant, sys.intern(region), name, service_id)
 
 
 def create_service(vault: Vault, tenant: str, name: str, at: str) -> Service:
