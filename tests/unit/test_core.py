@@ -196,6 +196,8 @@ def test_migrations_and_tables_agree(core: openkcm.Core) -> None:
             assert bool(columns[column.name]["nullable"]) == bool(column.nullable), column
         keys = {key["referred_table"] for key in found.get_foreign_keys(table.name)}
         assert keys == {key.column.table.name for key in table.foreign_keys}
+        indexes = {each["name"]: each["column_names"] for each in found.get_indexes(table.name)}
+        assert indexes == {each.name: [column.name for column in each.columns] for each in table.indexes}
 
 
 def test_opening_an_existing_vault_imports_no_alembic(tmp_path: Path) -> None:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from ..core.status import ServiceStatus, TenantStatus
 
 STATE_STYLES: Final = {"live": "green", "grace": "yellow", "dark": "bold red"}
+MOST_SHOWN: Final = 200
+"""Tenants drawn in a tree: more are no longer read by eye, and a hundred thousand take minutes to draw."""
+
 _KEY_STYLES: Final = {
     "pre-active": "cyan",
     "active": "green",
@@ -62,7 +65,7 @@ def key_tree(tenants: list[TenantStatus] | tuple[TenantStatus, ...], title: str)
     from .tenant import root_text
 
     tree = Tree(f"[bold]{plain(title)}[/]", guide_style="dim")
-    for each in tenants:
+    for each in tenants[:MOST_SHOWN]:
         branch = tree.add(f"[bold]{plain(each.tenant)}[/]  {state_text(each)}")
         root = branch.add(f"L1 root key     {root_text(each)}")
         memory = "open in this process" if each.open else "wrapped"
@@ -73,6 +76,9 @@ def key_tree(tenants: list[TenantStatus] | tuple[TenantStatus, ...], title: str)
             key.add(_service_text(service))
         if each.shredded:
             key.add(f"L4 data keys    [dim]{each.shredded:,} shredded for good[/]")
+    if len(tenants) > MOST_SHOWN:
+        rest = len(tenants) - MOST_SHOWN
+        tree.add(f"[dim]and {rest:,} tenants more: name one, or take all of them with --json[/]")
     if not tenants:
         tree.add("[dim]no tenants yet: openkcm tenant link NAME --root URI[/]")
     return tree

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from operator import attrgetter
 from typing import Any, Final
 
 import sqlalchemy as sql
@@ -30,7 +31,7 @@ def read_tree(vault: Vault, tenant: str | None) -> list[TenantStatus]:
             .order_by(schema.tenants.c.tenant)
         ).all()
         services = _services(connection, tenant)
-        shredded = _shredded(connection)
+        shredded = _shredded(connection, tenant)
     if tenant is not None and not rows:
         raise TenantNotFound(f"no tenant {tenant} is linked; link it with 'openkcm tenant link'")
     opened = vault.ring.generations()
@@ -63,34 +64,74 @@ def _state_of(vault: Vault, row: Row[Any]) -> tuple[TenantState, str]:
     return TenantState(row.liveness), row.liveness_reason
 
 
+class _Shared:
+    """Gives equal values as one object: a tree of a million keys has few different names, moments and states."""
+
+    def __init__(self) -> None:
+        self._texts: dict[str, str] = {}
+        self._keys: dict[tuple[int, str, str], tuple[ServiceKeyStatus, ...]] = {}
+
+    def text(self, value: str) -> str:
+        return self._texts.setdefault(value, value)
+
+    def key(self, version: int, state: str, created_at: str) -> tuple[ServiceKeyStatus, ...]:
+        place = (version, state, created_at)
+        found = self._keys.get(place)
+        if found is None:
+            found = self._keys[place] = (ServiceKeyStatus(version, KeyState(state), self.text(created_at)),)
+        return found
+
+
+_VERSION: Final = attrgetter("version")
+_NAME: Final = attrgetter("service")
+
+
 def _services(connection: sql.Connection, tenant: str | None) -> dict[str, list[ServiceStatus]]:
-    columns = schema.services.c
-    wanted = sql.true() if tenant is None else columns.tenant == tenant
-    versions: dict[bytes, list[ServiceKeyStatus]] = defaultdict(list)
-    keys = schema.service_keys.c
-    for key in connection.execute(
-        sql.select(keys.service_id, keys.version, keys.state, keys.created_at)
-        .where(sql.true() if tenant is None else keys.tenant == tenant)
-        .order_by(keys.version)
+    # Sorted here: in the order of an index the store would fetch a million rows one by one, at twice the time.
+    columns, keys = schema.services.c, schema.service_keys.c
+    shared = _Shared()
+    versions: dict[bytes, tuple[ServiceKeyStatus, ...]] = {}
+    for service_id, *key in connection.execute(
+        sql.select(keys.service_id, keys.version, keys.state, keys.created_at).where(
+            sql.true() if tenant is None else keys.tenant == tenant
+        )
     ):
-        versions[key.service_id].append(ServiceKeyStatus(key.version, KeyState(key.state), key.created_at))
+        known = versions.get(service_id)
+        added = shared.key(*key)
+        versions[service_id] = added if known is None else tuple(sorted(known + added, key=_VERSION))
     found: dict[str, list[ServiceStatus]] = defaultdict(list)
-    for row in connection.execute(sql.select(schema.services).where(wanted).order_by(columns.name)):
-        found[row.tenant].append(
+    for owner, name, service_id, active, lease, created_at in connection.execute(
+        sql.select(
+            columns.tenant,
+            columns.name,
+            columns.service_id,
+            columns.active_version,
+            columns.lease,
+            columns.created_at,
+        ).where(sql.true() if tenant is None else columns.tenant == tenant)
+    ):
+        found[owner].append(
             ServiceStatus(
-                row.tenant,
-                row.name,
-                row.service_id,
-                row.active_version,
-                tuple(versions[row.service_id]),
-                float(row.lease),
-                row.created_at,
+                shared.text(owner),
+                shared.text(name),
+                service_id,
+                active,
+                versions.get(service_id, ()),
+                float(lease),
+                shared.text(created_at),
             )
         )
+    for services in found.values():
+        services.sort(key=_NAME)
     return found
 
 
-def _shredded(connection: sql.Connection) -> dict[bytes, int]:
-    columns = schema.shredded_keys.c
-    rows = connection.execute(sql.select(columns.service_id, sql.func.count()).group_by(columns.service_id))
+def _shredded(connection: sql.Connection, tenant: str | None) -> dict[bytes, int]:
+    columns, services = schema.shredded_keys.c, schema.services.c
+    own = sql.select(services.service_id).where(services.tenant == tenant)
+    rows = connection.execute(
+        sql.select(columns.service_id, sql.func.count())
+        .where(sql.true() if tenant is None else columns.service_id.in_(own))
+        .group_by(columns.service_id)
+    )
     return {row[0]: row[1] for row in rows}
