@@ -39,12 +39,14 @@ def status(
     tenant: Annotated[str | None, typer.Argument(metavar="[TENANT]", help="Only this customer.")] = None,
 ) -> None:
     """Show the tree of keys and their states."""
-    from .output import answer
+    from .output import answer, settings
     from .session import open_core, vault_url
 
     with open_core() as core:
         tenants = core.status(tenant)
-    document = {"vault": vault_url(), "tenants": [_document(each) for each in tenants]}
+    # Only where it is wanted: of a hundred thousand tenants it takes hundreds of megabytes.
+    documents = [_document(each) for each in tenants] if settings.json else []
+    document = {"vault": vault_url(), "tenants": documents}
     answer(document, key_tree(tenants, vault_url()))
 
 

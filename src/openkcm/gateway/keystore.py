@@ -8,13 +8,14 @@ wins for everybody. A store holds no plaintext key and no subject's name, only a
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
-@dataclass(frozen=True, slots=True)
-class StoredKey:
-    """A wrapped named data key: 16-byte id, 32-byte subject hash, service key version, 72 bytes wrapped."""
+class StoredKey(NamedTuple):
+    """A wrapped named data key: 16-byte id, 32-byte subject hash, service key version, 72 bytes wrapped.
+
+    A tuple, because a hundred thousand are made at a time and a dataclass takes six times as long to make.
+    """
 
     key_id: bytes
     subject: bytes

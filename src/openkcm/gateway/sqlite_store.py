@@ -14,16 +14,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, NamedTuple
 
 from ..crypto import random_bytes
 from ..errors import StoreUnavailable
+from ..limits import KEY_ID_BYTES, WRAPPED_KEY_BYTES
 from ..sqlite import BUSY_SECONDS, PRAGMAS, close_before_fork, store_error
 from .keystore import StoredKey
 
 WHAT: Final = "the Gateway's key store"
 VERSION: Final = 1
-_CHUNK: Final = 500
+SUBJECT_HASH_BYTES: Final = 32
+_MANY: Final = 1000
+_CACHE_KIB: Final = 32 * 1024
+"""Pages kept in memory, once they were read: twice what a transaction of ``subjects.TOGETHER`` new keys changes."""
 
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS key_store (
@@ -66,25 +70,33 @@ class SQLiteKeyStore:
 
     def find_subjects(self, service_id: bytes, subjects: Sequence[bytes]) -> Mapping[bytes, StoredKey]:
         """Keys by subject hash."""
-        return {key.subject: key for key in self._find("subject", service_id, subjects)}
+        with self._use() as connection:
+            return {key.subject: key for key in _find(connection, _BY_SUBJECT, service_id, subjects)}
 
     def find_ids(self, service_id: bytes, key_ids: Sequence[bytes]) -> Mapping[bytes, StoredKey]:
         """Keys by id."""
-        return {key.key_id: key for key in self._find("key_id", service_id, key_ids)}
+        with self._use() as connection:
+            return {key.key_id: key for key in _find(connection, _BY_ID, service_id, key_ids)}
 
     def add(self, service_id: bytes, keys: Sequence[StoredKey]) -> Mapping[bytes, StoredKey]:
-        """Add keys for subjects that have none; the key that now counts for each subject."""
+        """Add keys for subjects that have none; the key that now counts for each subject.
+
+        One transaction: to write it takes less than a tenth of the time that one a thousand keys would.
+        """
         at = datetime.now(UTC).isoformat(timespec="seconds")
-        rows = [(service_id, key.key_id, key.subject, key.version, key.wrapped, at) for key in keys]
         with self._write() as connection:
-            connection.executemany(
-                "INSERT INTO data_keys VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (service_id, subject) DO NOTHING",
-                rows,
-            )
-            return {
-                key.subject: key
-                for key in _find(connection, "subject", service_id, [key.subject for key in keys])
-            }
+            added = 0
+            for version in {key.version for key in keys}:
+                # In the order of the table, for the sake of its pages.
+                group = sorted(key for key in keys if key.version == version)
+                ids, subjects, _, wrapped = zip(*group, strict=True)
+                packed = (b"".join(ids), b"".join(subjects), version, b"".join(wrapped))
+                added += connection.execute(_ADD, (service_id, len(group), *packed, at)).rowcount
+            if added == len(keys):
+                return {key.subject: key for key in keys}
+            # Somebody was first for some of them.
+            subjects_of = [key.subject for key in keys]
+            return {key.subject: key for key in _find(connection, _BY_SUBJECT, service_id, subjects_of)}
 
     def rewrap(self, service_id: bytes, keys: Iterable[StoredKey]) -> None:
         """Put newly wrapped bytes in place of the old ones, unless a newer version is there."""
@@ -113,7 +125,7 @@ class SQLiteKeyStore:
                 "ORDER BY key_id LIMIT ?",
                 (service_id, after, limit),
             )
-            return [StoredKey(*row) for row in rows]
+            return list(map(StoredKey._make, rows))
 
     def count(self, service_id: bytes) -> int:
         """How many keys the service has."""
@@ -145,10 +157,6 @@ class SQLiteKeyStore:
             if self._connection is not None:
                 self._connection.close()
                 self._connection = None
-
-    def _find(self, column: str, service_id: bytes, values: Sequence[bytes]) -> list[StoredKey]:
-        with self._use() as connection:
-            return _find(connection, column, service_id, values)
 
     @contextmanager
     def _use(self) -> Iterator[sqlite3.Connection]:
@@ -183,6 +191,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     for pragma in PRAGMAS:
         connection.execute(f"PRAGMA {pragma}")
+    connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
     return connection
 
 
@@ -206,17 +215,57 @@ def _prepare(connection: sqlite3.Connection) -> bytes:
     return bytes(row[1])
 
 
+class _Column(NamedTuple):
+    """A column that keys are looked for by: its place in a ``StoredKey``, and the query that takes values packed."""
+
+    place: int
+    query: str
+
+
+def _column(name: str, size: int) -> _Column:
+    # CROSS JOIN keeps the order: for ``name IN (...)`` SQLite reads every key of the service once for each 500 values.
+    return _Column(
+        StoredKey._fields.index(name),
+        f"{_WANTED} SELECT key_id, subject, data_keys.version, wrapped FROM wanted CROSS JOIN data_keys "
+        f"WHERE service_id = ?1 AND {name} = substr(?3, {size} * place + 1, {size})",
+    )
+
+
+# The values of many rows are given as one, packed: an argument each costs more than finding its row.
+_WANTED: Final = (
+    "WITH RECURSIVE wanted(place) AS (SELECT 0 UNION ALL SELECT place + 1 FROM wanted WHERE place + 1 < ?2)"
+)
+_ADD: Final = (
+    f"{_WANTED} INSERT INTO data_keys SELECT ?1, substr(?3, {KEY_ID_BYTES} * place + 1, {KEY_ID_BYTES}), "
+    f"substr(?4, {SUBJECT_HASH_BYTES} * place + 1, {SUBJECT_HASH_BYTES}), ?5, "
+    f"substr(?6, {WRAPPED_KEY_BYTES} * place + 1, {WRAPPED_KEY_BYTES}), ?7 FROM wanted WHERE true "
+    "ON CONFLICT (service_id, subject) DO NOTHING"
+)
+_BY_ID: Final = _column("key_id", KEY_ID_BYTES)
+_BY_SUBJECT: Final = _column("subject", SUBJECT_HASH_BYTES)
+
+
 def _find(
-    connection: sqlite3.Connection, column: str, service_id: bytes, values: Sequence[bytes]
-) -> list[StoredKey]:
-    found: list[StoredKey] = []
-    for start in range(0, len(values), _CHUNK):
-        part = values[start : start + _CHUNK]
-        marks = ",".join("?" * len(part))
-        arguments: list[Any] = [service_id, *part]
+    connection: sqlite3.Connection, column: _Column, service_id: bytes, values: Sequence[bytes]
+) -> Iterable[StoredKey]:
+    if not values:
+        return []
+    if len(values) >= _MANY and _count(connection, service_id, 2 * len(values) + 1) <= 2 * len(values):
+        # They are much of what there is: reading all in the table's order takes less than looking for each.
+        wanted, place = frozenset(values), column.place
         rows = connection.execute(
-            f"SELECT key_id, subject, version, wrapped FROM data_keys WHERE service_id = ? AND {column} IN ({marks})",
-            arguments,
+            "SELECT key_id, subject, version, wrapped FROM data_keys WHERE service_id = ?", (service_id,)
         )
-        found.extend(StoredKey(*row) for row in rows)
-    return found
+        return [StoredKey._make(row) for row in rows if row[place] in wanted]
+    # Sorted, so that neighbours in the index come one after the other.
+    packed = b"".join(sorted(values))
+    rows = connection.execute(column.query, (service_id, len(values), packed))
+    return map(StoredKey._make, rows.fetchall())
+
+
+def _count(connection: sqlite3.Connection, service_id: bytes, most: int) -> int:
+    """How many keys a service has, but no more than ``most`` are counted."""
+    row = connection.execute(
+        "SELECT count(*) FROM (SELECT 1 FROM data_keys WHERE service_id = ? LIMIT ?)", (service_id, most)
+    ).fetchone()
+    return int(row[0])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Final
@@ -19,12 +19,15 @@ from .. import crypto
 from ..crypto import SecretKeys
 from ..errors import DecryptError, KeyDestroyed, OpenKCMError, StoreUnavailable
 from ..keys import KeyService, Kind, Service, WrappedKeys, check_subject
-from ..limits import KEY_ID_BYTES, WRAPPED_KEY_BYTES
+from ..limits import KEY_ID_BYTES, MAX_KEYS_PER_CALL, MAX_SUBJECT_BYTES, WRAPPED_KEY_BYTES
 from .keystore import KeyStore, StoredKey
 from .leases import Leases
 
-CACHED: Final = 65_536
-"""Wrapped keys kept in memory for each service."""
+CACHED: Final = 131_072
+"""Wrapped keys kept in memory for each service: some 90 MB, where there are so many."""
+
+TOGETHER: Final = 65_536
+"""Keys that are looked for, or added, in one go: a transaction costs the more the fewer it brings."""
 
 _TRIES: Final = 100
 """Each try that fails was overtaken by somebody's shred or rotation, so that somebody always gets on."""
@@ -71,6 +74,18 @@ class SubjectKeys:
             self._drop_destroyed(destroyed)
         raise StoreUnavailable("the subject's key is shredded or rotated again and again; try once more")
 
+    def open_chunks(self, subjects: Sequence[str]) -> Iterator[OpenKeys]:
+        """Open the keys of any number of distinct subjects, in their order, ``MAX_KEYS_PER_CALL`` at a time.
+
+        What ``open`` does, with one look into the store and at most one transaction for each ``TOGETHER`` of them.
+        The caller wipes each part before asking for the next, so that no more than one is open.
+        """
+        for start in range(0, len(subjects), TOGETHER):
+            part = subjects[start : start + TOGETHER]
+            self._find_or_make(self._hash_all(part))
+            for at in range(0, len(part), MAX_KEYS_PER_CALL):
+                yield self.open(part[at : at + MAX_KEYS_PER_CALL])
+
     def hash(self, subject: str) -> bytes:
         """The subject as the store knows it: SHA-256 of salt, service id and name."""
         check_subject(subject)
@@ -82,34 +97,48 @@ class SubjectKeys:
         if len(known) > CACHED:
             known.clear()
         try:
-            hashes = list(map(known.get, subjects))
+            missing = [name for name in subjects if name not in known]
         except TypeError:
             return [self.hash(each) for each in subjects]  # one of them is no text, which it says
-        return [
-            each or known.setdefault(name, self.hash(name))
-            for name, each in zip(subjects, hashes, strict=True)
-        ]
+        if missing:
+            known.update(zip(missing, self._hash_new(missing), strict=True))
+        return [known[name] for name in subjects]
+
+    def _hash_new(self, subjects: Sequence[str]) -> list[bytes]:
+        """Hash subjects, all checked at once; where one cannot be a subject, ``hash`` says so."""
+        try:
+            names = [each.encode() for each in subjects]
+            sizes = [*map(len, names)]
+            if min(sizes) > 0 and max(sizes) <= MAX_SUBJECT_BYTES:
+                prefix, sha256 = self._store.salt + self._service.service_id, hashlib.sha256
+                return [sha256(prefix + name).digest() for name in names]
+        except (AttributeError, UnicodeEncodeError):
+            pass
+        return [self.hash(each) for each in subjects]
 
     def _find_or_make(self, hashes: Sequence[bytes]) -> list[StoredKey]:
         known = list(map(self._by_subject.get, hashes))
-        found = {key.subject: key for key in known if key is not None}
-        if len(found) < len(hashes):
-            missing = [each for each in hashes if each not in found]
-            stored = self._store.find_subjects(self._service.service_id, missing)
-            found.update(stored)
-            fresh = [each for each in missing if each not in stored]
-            if fresh:
-                found.update(self._make(fresh))
-            self._remember(found[each] for each in missing)
-        return [found[each] for each in hashes]
+        found = [key for key in known if key is not None]
+        if len(found) == len(hashes):
+            return found
+        missing = [each for each, key in zip(hashes, known, strict=True) if key is None]
+        stored = dict(self._store.find_subjects(self._service.service_id, missing))
+        fresh = [each for each in missing if each not in stored] if len(stored) < len(missing) else []
+        if fresh:
+            stored.update(self._make(fresh))
+        self._remember(stored.values())
+        return [key or stored[each] for each, key in zip(hashes, known, strict=True)]
 
     def _make(self, hashes: Sequence[bytes]) -> Mapping[bytes, StoredKey]:
-        count = len(hashes)
-        ids = crypto.random_bytes(count * KEY_ID_BYTES)
-        keys = crypto.generate_keys(count)
-        wrapped = self._core.wrap_keys(self._service, keys, Kind.STORED, ids)
-        keys.wipe()
-        return self._store.add(self._service.service_id, _split(wrapped, hashes))
+        made: list[StoredKey] = []
+        for start in range(0, len(hashes), MAX_KEYS_PER_CALL):
+            part = hashes[start : start + MAX_KEYS_PER_CALL]
+            ids = crypto.random_bytes(len(part) * KEY_ID_BYTES)
+            keys = crypto.generate_keys(len(part))
+            wrapped = self._core.wrap_keys(self._service, keys, Kind.STORED, ids)
+            keys.wipe()
+            made += _split(wrapped, part)
+        return self._store.add(self._service.service_id, made)
 
     def _unwrap(self, stored: Sequence[StoredKey]) -> tuple[OpenKeys | None, list[StoredKey]]:
         """Open keys that all must open; else the destroyed ones are returned."""
@@ -142,6 +171,23 @@ class SubjectKeys:
         self._store.remove(self._service.service_id, gone)
 
     # ---- for decrypting ------------------------------------------------------------------------------
+
+    def open_ids_chunks(
+        self, ids: Sequence[bytes]
+    ) -> Iterator[tuple[list[OpenGroup], dict[int, OpenKCMError]]]:
+        """Open keys by any number of distinct ids, ``MAX_KEYS_PER_CALL`` at a time.
+
+        Gives what ``open_ids`` does; positions count from the start of the part. One look into the store for each
+        ``TOGETHER`` of them; the caller wipes each part before asking for the next.
+        """
+        for start in range(0, len(ids), TOGETHER):
+            part = ids[start : start + TOGETHER]
+            known = self._by_id
+            missing = [each for each in part if each not in known]
+            if missing:
+                self._remember(self._store.find_ids(self._service.service_id, missing).values())
+            for at in range(0, len(part), MAX_KEYS_PER_CALL):
+                yield self.open_ids(part[at : at + MAX_KEYS_PER_CALL])
 
     def open_ids(self, ids: Sequence[bytes]) -> tuple[list[OpenGroup], dict[int, OpenKCMError]]:
         """Open keys by distinct ids.
@@ -264,12 +310,13 @@ def _pack(keys: Sequence[StoredKey], version: int) -> WrappedKeys:
 
 
 def _split(wrapped: WrappedKeys, subjects: Sequence[bytes]) -> list[StoredKey]:
+    ids, blobs = wrapped.ids, wrapped.wrapped
     return [
         StoredKey(
-            wrapped.ids[at * KEY_ID_BYTES : (at + 1) * KEY_ID_BYTES],
+            ids[at * KEY_ID_BYTES : (at + 1) * KEY_ID_BYTES],
             subject,
             wrapped.version,
-            wrapped.wrapped[at * WRAPPED_KEY_BYTES : (at + 1) * WRAPPED_KEY_BYTES],
+            blobs[at * WRAPPED_KEY_BYTES : (at + 1) * WRAPPED_KEY_BYTES],
         )
         for at, subject in enumerate(subjects)
     ]
