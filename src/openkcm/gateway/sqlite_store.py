@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -26,6 +27,7 @@ WHAT: Final = "the Gateway's key store"
 VERSION: Final = 1
 SUBJECT_HASH_BYTES: Final = 32
 _MANY: Final = 1000
+_ID: Final = itemgetter(0)
 _CACHE_KIB: Final = 32 * 1024
 """Pages kept in memory, once they were read: twice what a transaction of ``subjects.TOGETHER`` new keys changes."""
 
@@ -88,7 +90,7 @@ class SQLiteKeyStore:
             added = 0
             for version in {key.version for key in keys}:
                 # In the order of the table, for the sake of its pages.
-                group = sorted(key for key in keys if key.version == version)
+                group = sorted((key for key in keys if key.version == version), key=_ID)
                 ids, subjects, _, wrapped = zip(*group, strict=True)
                 packed = (b"".join(ids), b"".join(subjects), version, b"".join(wrapped))
                 added += connection.execute(_ADD, (service_id, len(group), *packed, at)).rowcount
