@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 class StoredKey(NamedTuple):
     """A wrapped named data key: 16-byte id, 32-byte subject hash, service key version, 72 bytes wrapped.
 
-    A tuple, because a hundred thousand are made at a time and a dataclass takes six times as long to make.
+    A tuple, because a hundred thousand are made at a time and a dataclass takes more than twice as long to make.
     """
 
     key_id: bytes

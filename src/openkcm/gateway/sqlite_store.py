@@ -29,7 +29,7 @@ SUBJECT_HASH_BYTES: Final = 32
 _MANY: Final = 1000
 _ID: Final = itemgetter(0)
 _CACHE_KIB: Final = 32 * 1024
-"""Pages kept in memory, once they were read: twice what a transaction of ``subjects.TOGETHER`` new keys changes."""
+"""Pages kept in memory, once they were read: nearly twice what a transaction of ``subjects.TOGETHER`` new keys changes."""
 
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS key_store (
@@ -83,7 +83,7 @@ class SQLiteKeyStore:
     def add(self, service_id: bytes, keys: Sequence[StoredKey]) -> Mapping[bytes, StoredKey]:
         """Add keys for subjects that have none; the key that now counts for each subject.
 
-        One transaction: to write it takes less than a tenth of the time that one a thousand keys would.
+        One transaction: one for each thousand keys takes eight times as long (67 us a key, not 8.5, for 65,536 keys).
         """
         at = datetime.now(UTC).isoformat(timespec="seconds")
         with self._write() as connection:

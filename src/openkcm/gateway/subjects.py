@@ -24,7 +24,7 @@ from .keystore import KeyStore, StoredKey
 from .leases import Leases
 
 CACHED: Final = 131_072
-"""Wrapped keys kept in memory for each service: some 90 MB, where there are so many."""
+"""Wrapped keys kept in memory for each service: some 67 MB, where there are so many."""
 
 TOGETHER: Final = 65_536
 """Keys that are looked for, or added, in one go: a transaction costs the more the fewer it brings."""

@@ -8,5 +8,5 @@ down_revision = "0002"
 
 
 def upgrade() -> None:
-    """Add the index; it takes about a second for each million service keys."""
+    """Add the index; it takes less than a second for each million service keys."""
     op.create_index("service_keys_by_tenant", "service_keys", ["tenant", "tenant_key_version"])
