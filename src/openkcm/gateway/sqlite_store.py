@@ -29,7 +29,7 @@ SUBJECT_HASH_BYTES: Final = 32
 _MANY: Final = 1000
 _ID: Final = itemgetter(0)
 _CACHE_KIB: Final = 32 * 1024
-"""Pages kept in memory, once they were read: nearly twice what a transaction of ``subjects.TOGETHER`` new keys changes."""
+"""Pages kept in memory, once read: nearly twice what a transaction of ``subjects.TOGETHER`` new keys changes."""
 
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS key_store (
