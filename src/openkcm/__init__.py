@@ -90,7 +90,7 @@ from .keys import Change, Event, KeyService, KeyState, Kind, Service, TenantStat
 if TYPE_CHECKING:
     from .core import AuditRecord, Core, Probe, ServiceKeyStatus, ServiceStatus, TenantStatus
     from .crypto import backend_info
-    from .gateway import DataKeyPolicy, Gateway, KeyStore, PoolPolicy, ServiceHandle
+    from .gateway import Column, DataKeyPolicy, Gateway, KeyStore, PoolPolicy, ServiceHandle
     from .roots import Root, open_root
 
 __version__ = "0.1.0"
@@ -101,6 +101,7 @@ __all__ = [
     "AuditRecord",
     "BackendUnavailable",
     "Change",
+    "Column",
     "ConfigurationError",
     "Core",
     "CoreUnavailable",
@@ -151,7 +152,9 @@ _HOMES: Final = {
     **dict.fromkeys(
         ("AuditRecord", "Core", "Probe", "ServiceKeyStatus", "ServiceStatus", "TenantStatus"), ".core"
     ),
-    **dict.fromkeys(("DataKeyPolicy", "Gateway", "KeyStore", "PoolPolicy", "ServiceHandle"), ".gateway"),
+    **dict.fromkeys(
+        ("Column", "DataKeyPolicy", "Gateway", "KeyStore", "PoolPolicy", "ServiceHandle"), ".gateway"
+    ),
     **dict.fromkeys(("Root", "open_root"), ".roots"),
     "backend_info": ".crypto",
 }

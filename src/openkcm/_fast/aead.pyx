@@ -21,11 +21,10 @@ from .openssl cimport *
 from .secret cimport *
 
 cdef enum:
-    JOINED = 512                    # associated data up to here is put together on the stack
     PARALLEL_BYTES = 16384          # below this, releasing the GIL costs more than it gives
     NONCE_BATCH = 1024              # record nonces drawn at a time within a batch
 
-cdef Py_ssize_t MAX_RECORD = 2**31 - 1024
+MAX_RECORD = 2**31 - 1024
 cdef uint8_t[COMMITMENT] ZEROS
 memset(ZEROS, 0, COMMITMENT)
 
@@ -92,9 +91,6 @@ cdef class RecordCipher:
         self.aad_size = <int>len(aad)
         self.bound = bind_middle
         self.body = self.head_size + VERSION + middle_bytes + NONCE
-
-    cdef Py_ssize_t overhead(self) noexcept nogil:
-        return self.body + COMMITMENT + TAG
 
     cdef const uint8_t *bind(self, const uint8_t *middle, const Item *item, uint8_t *joined,
                              int *size) noexcept nogil:

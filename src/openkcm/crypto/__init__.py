@@ -22,6 +22,7 @@ from ..errors import (
     LimitExceeded,
     SecretMemoryError,
 )
+from .parts import CODES, FIXED, NOTHING, OFFSETS, VIEWS, Part
 
 if TYPE_CHECKING:
     from .pure import (
@@ -42,23 +43,55 @@ if TYPE_CHECKING:
         wrap_many,
         write_wrapping_key,
     )
+    from .pure_arrow import export_array, export_schema, read_array, read_stream
+    from .pure_cells import Cells, Memory, Places, Table
+    from .pure_columns import (
+        KeyRing,
+        RowContexts,
+        gather_rows,
+        open_named,
+        open_rows,
+        seal_named,
+        seal_rows,
+    )
     from .pure_records import RecordCipher, StreamCipher
     from .pure_rows import FlatRows, split_rows
 
 __all__ = [
+    "CODES",
+    "FIXED",
+    "NOTHING",
+    "OFFSETS",
+    "VIEWS",
+    "Cells",
     "FlatRows",
+    "KeyRing",
+    "Memory",
+    "Part",
+    "Places",
     "RecordCipher",
+    "RowContexts",
     "SecretKeys",
     "StreamCipher",
+    "Table",
     "WrappingKey",
     "backend_info",
+    "export_array",
+    "export_schema",
+    "gather_rows",
     "generate_keys",
     "generate_wrapping_key",
     "import_keys",
     "import_wrapping_key",
+    "open_named",
+    "open_rows",
     "random_bytes",
+    "read_array",
+    "read_stream",
     "read_wrapping_key",
     "rewrap_many",
+    "seal_named",
+    "seal_rows",
     "secret_memory_info",
     "split_rows",
     "unwrap_key",
@@ -68,13 +101,20 @@ __all__ = [
     "write_wrapping_key",
 ]
 
+_COMMON: Final = ("CODES", "FIXED", "NOTHING", "OFFSETS", "VIEWS", "Part", "backend_info")
+"""What does not come from a backend."""
 _PRIVATE: Final = ("native_info", "_gcm_open", "_gcm_seal", "_xaes_open", "_xaes_seal")
 
 
 def _load_fast() -> dict[str, Any]:
-    gcm, aead, rows, secret, stream, wrapping = (
+    gcm, secret, wrapping, *others = (
         import_module(f"openkcm._fast.{name}")
-        for name in ("gcm", "aead", "rows", "secret", "stream", "wrapping")
+        for name in (
+            "gcm",
+            "secret",
+            "wrapping",
+            *("aead", "rows", "stream", "cells", "places", "table", "ring", "column", "arrow"),
+        )
     )
     try:
         engine = gcm.choose(_aes_wanted(), os.environ.get("OPENKCM_LIBCRYPTO", ""))
@@ -87,11 +127,7 @@ def _load_fast() -> dict[str, Any]:
         memory=SecretMemoryError,
         internal=InternalError,
     )
-    names = {
-        name: value
-        for module in (secret, wrapping, aead, rows, stream)
-        for name, value in vars(module).items()
-    }
+    names = {name: value for module in (secret, wrapping, *others) for name, value in vars(module).items()}
     return names | {"native_info": lambda: wrapping.native_info() | engine}
 
 
@@ -103,14 +139,15 @@ def _aes_wanted() -> str:
 
 
 def _load_python() -> dict[str, Any]:
-    from . import pure, pure_records, pure_rows
+    from . import pure, pure_arrow, pure_cells, pure_columns, pure_records, pure_rows
 
     if _aes_wanted() == "ipsec-mb" or os.environ.get("OPENKCM_LIBCRYPTO"):
         raise BackendUnavailable(
             "OPENKCM_AES=ipsec-mb and OPENKCM_LIBCRYPTO choose for the native backend; "
             "the Python backend always uses the OpenSSL inside `cryptography`"
         )
-    return vars(pure) | vars(pure_records) | vars(pure_rows)
+    modules = (pure, pure_records, pure_rows, pure_arrow, pure_cells, pure_columns)
+    return {name: value for module in modules for name, value in vars(module).items()}
 
 
 def _load() -> tuple[str, str, dict[str, Any]]:
@@ -149,7 +186,7 @@ if _software_aes() and os.environ.get("OPENKCM_ALLOW_SOFTWARE_AES") != "1":
     )
 
 _backend, _reason, _names = _load()
-globals().update((name, _names[name]) for name in (*__all__, *_PRIVATE) if name != "backend_info")
+globals().update((name, _names[name]) for name in (*__all__, *_PRIVATE) if name not in _COMMON)
 
 
 def backend_info() -> dict[str, Any]:

@@ -98,7 +98,22 @@ class RecordCipher:
         self._middle = len(head) + _VERSION_BYTES
         self._nonce = self._middle + middle_bytes
         self._body = self._nonce + NONCE_BYTES
-        self._overhead = self._body + COMMITMENT_BYTES + TAG_BYTES
+        self.overhead = self._body + COMMITMENT_BYTES + TAG_BYTES
+
+    def takes(self, blob: bytes | memoryview) -> bool:
+        """Whether bytes have this layout's head and a size that fits it."""
+        return (
+            self.overhead <= len(blob) <= self.overhead + MAX_RECORD_BYTES
+            and blob[: len(self._head)] == self._head
+        )
+
+    def version(self, blob: bytes | memoryview) -> int:
+        """The version in a record that ``takes`` took."""
+        return int.from_bytes(blob[len(self._head) : self._middle], "big")
+
+    def middle(self, blob: bytes | memoryview) -> bytes:
+        """What stands between a record's version and its nonce."""
+        return bytes(blob[self._middle : self._nonce])
 
     def seal_one(
         self,
@@ -179,7 +194,7 @@ class RecordCipher:
     def open_one(self, keys: SecretKeys, position: int, context: bytes, blob: Any) -> bytes | None:
         """Open one record; None when it does not verify."""
         data = _bytes_of(blob, None)
-        if not self._overhead <= len(data) <= self._overhead + MAX_RECORD_BYTES:
+        if not self.overhead <= len(data) <= self.overhead + MAX_RECORD_BYTES:
             return None
         if not 0 <= position < len(keys):
             raise InvalidInput("no key at that position")
@@ -195,7 +210,7 @@ class RecordCipher:
         aads = _contexts(contexts, len(items))
         positions = _positions(index, len(items), len(keys))
         for at, item in enumerate(items):
-            if not self._overhead <= len(item) <= self._overhead + MAX_RECORD_BYTES:
+            if not self.overhead <= len(item) <= self.overhead + MAX_RECORD_BYTES:
                 raise InvalidInput("too short or too long for a record", index=at)
         opened: list[bytes | None] = []
         failed: list[int] = []
@@ -233,7 +248,7 @@ class RecordCipher:
         middles: list[bytes] = []
         index = array("I")
         for item in items:
-            if type(item) is not bytes or len(item) < self._overhead or not item.startswith(start):
+            if type(item) is not bytes or len(item) < self.overhead or not item.startswith(start):
                 return None
             middle = item[self._middle : self._nonce]
             if not runs or not middles or middle != middles[-1]:

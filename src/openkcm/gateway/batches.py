@@ -17,7 +17,7 @@ from typing import Any, Final, Literal, TypeAlias
 from ..context import Buffer, Context, encode_context
 from ..envelope import Envelope, parse
 from ..errors import DecryptError, FormatError, InvalidInput, OpenKCMError
-from ..keys import Kind
+from ..keys import Kind, check_subject
 from ..limits import MAX_KEYS_PER_CALL
 
 Outcome: TypeAlias = bytes | OpenKCMError
@@ -182,3 +182,21 @@ def place_failures(
 def at_index(error: OpenKCMError, index: int) -> OpenKCMError:
     """The same error, saying which item it is about."""
     return type(error)(str(error), index=index)
+
+
+def first_bad_subject(names: list[str]) -> int | None:
+    """The position of the first that cannot name a subject."""
+    for at, name in enumerate(names):
+        try:
+            check_subject(name)
+        except OpenKCMError:
+            return at
+    return None
+
+
+def length_of(item: Any) -> int:
+    """The bytes of a record."""
+    try:
+        return memoryview(item).nbytes
+    except TypeError:
+        return 0  # the native layer says what is wrong with it

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .. import crypto
@@ -123,7 +124,7 @@ class SharedKeys:
         self._epoch = 0
         self._current: CurrentKey | None = None
 
-    def reserve(self, sizes: list[int] | None, start: int, count: int) -> tuple[CurrentKey, int]:
+    def reserve(self, sizes: Sequence[int] | None, start: int, count: int) -> tuple[CurrentKey, int]:
         """Reserve a key for as many of the ``count`` records from ``start`` on as the policy allows, at least one.
 
         Args:

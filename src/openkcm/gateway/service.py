@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from time import monotonic
-from typing import Any
+from typing import Any, Literal
 
 from ..context import ABSENT, Buffer, Context, encode_context
 from ..crypto import RecordCipher, generate_keys
-from ..envelope import VERSION_OFFSET, fixed_header, payload_aad
+from ..envelope import INLINE_OVERHEAD, STORED_OVERHEAD, VERSION_OFFSET, fixed_header, payload_aad
 from ..errors import InvalidInput, LimitExceeded, OpenKCMError, SecretMemoryError
-from ..keys import KeyService, Kind, Service, WrappedKeys, check_subject
+from ..keys import KeyService, Kind, Service, WrappedKeys
 from ..limits import KEY_ID_BYTES, WRAPPED_KEY_BYTES
 from .batches import (
     Contexts,
@@ -26,17 +26,22 @@ from .batches import (
     check_errors,
     chunks,
     encode_contexts,
+    first_bad_subject,
     index_of,
+    length_of,
     part_of,
     place_failures,
     settle,
 )
+from .column_opener import ColumnOpener
+from .columns import ColumnSealer
 from .keystore import KeyStore
 from .leases import Leases
 from .opener import Opener
 from .policy import DataKeyPolicy, PoolPolicy
 from .pool import Pool, SharedKeys
 from .running import RunningStreams
+from .sharing import HeldKeys
 from .streams import Reader, Writer
 from .subjects import SubjectKeys
 
@@ -225,6 +230,72 @@ class ServiceHandle:
             results += self._rewrap_chunk(items[start:stop], start)
         return settle(results, in_place)
 
+    # ---- columns -------------------------------------------------------------------------------------
+
+    def encrypt_column(
+        self,
+        column: Any,
+        *,
+        context: Context = None,
+        contexts: Any = None,
+        subject: str | None = None,
+        subjects: Any = None,
+        out: Any = None,
+        threads: int = 1,
+    ) -> Any:
+        """Encrypt a column: an envelope for each row, as ``encrypt`` makes it, and null for null (docs/columns.md).
+
+        Args:
+            column: an Arrow array of binary or text (pyarrow's, or anything with the PyCapsule interface), a NumPy
+                array of a fixed width, or (offsets, data).
+            context: one for all; or ``contexts``, a column whose bytes (or UTF-8) are each row's, null for none.
+            subject: one for all; or ``subjects``, a column of their names.
+            out: a writable buffer for the data; new memory if it is None.
+            threads: how many work on it.
+
+        Returns:
+            a pyarrow array for a pyarrow array, chunks for chunks, an ``openkcm.Column`` for all else.
+
+        Raises:
+            InvalidInput, LimitExceeded: nothing was written; ``index`` is the row, if it is about one.
+            TenantDark, RootUnavailable, StoreUnavailable: no data key was to be had; ``out`` was zeroed.
+        """
+        return self._sealer.encrypt(
+            column,
+            self._shared,
+            context=context,
+            contexts=contexts,
+            subject=subject,
+            subjects=subjects,
+            out=out,
+            threads=threads,
+        )
+
+    def decrypt_column(
+        self,
+        column: Any,
+        *,
+        context: Context = None,
+        contexts: Any = None,
+        out: Any = None,
+        threads: int = 1,
+        errors: Literal["raise", "null"] = "raise",
+        text: bool = False,
+    ) -> Any:
+        """Decrypt a column of envelopes, of any record kind and version; arguments as ``encrypt_column``.
+
+        Args:
+            errors: "raise" makes it all or nothing, the error's ``index`` naming the row; "null" makes each row that
+                does not open null, and returns (column, reasons), ``reasons`` having the code of each such row's error.
+            text: give text, and check that it is UTF-8.
+
+        Raises:
+            as ``decrypt_many`` and ``encrypt_column``.
+        """
+        return self._column_opener.decrypt(
+            column, context=context, contexts=contexts, out=out, threads=threads, errors=errors, text=text
+        )
+
     # ---- subjects ------------------------------------------------------------------------------------
 
     def shred(self, subject: str) -> bool:
@@ -306,7 +377,7 @@ class ServiceHandle:
         try:
             opened = self._subjects.open(distinct)
         except (InvalidInput, LimitExceeded) as error:
-            error.index = _first_bad_subject(names) if len(names) == len(part) else None
+            error.index = first_bad_subject(names) if len(names) == len(part) else None
             raise
         sealed = self._stored.seal_many(opened.keys, index, 0, opened.ids, contexts, part)
         opened.keys.wipe()
@@ -315,7 +386,7 @@ class ServiceHandle:
     def _encrypt_shared(self, items: list[Any], contexts: Contexts) -> list[bytes]:
         """Data keys that serve several records each."""
         results: list[bytes] = []
-        sizes = None if self._policy.bytes is None else [_length(item) for item in items]
+        sizes = None if self._policy.bytes is None else [length_of(item) for item in items]
         while len(results) < len(items):
             start = len(results)
             key, taken = self._shared.reserve(sizes, start, len(items) - start)
@@ -380,6 +451,7 @@ class ServiceHandle:
         """The tenant went dark: zero every waiting, current, leased and streaming key, and forget the wrapped ones."""
         self.renew()
         self._running.wipe()
+        self._held.wipe()
         self._subjects.forget()
 
     def renew(self) -> None:
@@ -400,6 +472,21 @@ class ServiceHandle:
         self._running = RunningStreams(self._core, self._service)
         self._subjects.after_fork()
         self._leases.after_fork()
+        self._held = HeldKeys(self._service.tenant)
+        overheads = (INLINE_OVERHEAD, STORED_OVERHEAD)
+        self._sealer = ColumnSealer(
+            self._core,
+            self._service,
+            self._policy,
+            self._subjects,
+            self._held,
+            self._inline,
+            self._stored,
+            overheads,
+        )
+        self._column_opener = ColumnOpener(
+            self._service, self._leases, self._subjects, self._held, self._inline, self._stored, overheads
+        )
 
 
 def _cipher(kind: Kind, service: Service, middle_bytes: int) -> RecordCipher:
@@ -416,19 +503,3 @@ def _subjects(subject: str | None, subjects: Sequence[str] | None, count: int) -
     if len(names) != count:
         raise InvalidInput(f"there are {count} records and {len(names)} subjects")
     return names
-
-
-def _first_bad_subject(names: list[str]) -> int | None:
-    for at, name in enumerate(names):
-        try:
-            check_subject(name)
-        except OpenKCMError:
-            return at
-    return None
-
-
-def _length(item: Any) -> int:
-    try:
-        return memoryview(item).nbytes
-    except TypeError:
-        return 0  # the native layer says what is wrong with it

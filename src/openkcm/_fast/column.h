@@ -1,0 +1,97 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What columns need of C: a keyed hash for tables whose keys others choose, UTF-8, and large pages.
+ */
+#ifndef OPENKCM_COLUMN_H
+#define OPENKCM_COLUMN_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#define OKC_LARGE_PAGE ((size_t)2 << 20)
+
+static inline uint64_t okc_read64(const uint8_t *data)
+{
+    uint64_t value;
+    memcpy(&value, data, 8);
+    return value;
+}
+
+static inline uint64_t okc_fold(uint64_t first, uint64_t second)
+{
+    unsigned __int128 product = (unsigned __int128)first * second;
+    return (uint64_t)product ^ (uint64_t)(product >> 64);
+}
+
+/* Folded multiplication with two random halves of a seed, after wyhash: without the seed nobody finds names that
+ * fall into one place. */
+static inline uint64_t okc_hash(const uint8_t *data, size_t size, const uint64_t *seed)
+{
+    uint64_t state = seed[0] ^ size;
+    uint64_t rest = 0;
+    while (size >= 8) {
+        state = okc_fold(state ^ okc_read64(data), seed[1]);
+        data += 8;
+        size -= 8;
+    }
+    if (size)
+        memcpy(&rest, data, size);
+    return okc_fold(okc_fold(state ^ rest, seed[1]), seed[0] | 1);
+}
+
+/* Whether bytes are UTF-8 (Unicode 15, table 3-7): no surrogates, nothing longer than it must be. */
+static inline int okc_is_utf8(const uint8_t *data, size_t size)
+{
+    const uint8_t *end = data + size;
+    while (data < end) {
+        size_t more;
+        uint8_t low = 0x80, high = 0xBF;
+        while ((size_t)(end - data) >= 8 && !(okc_read64(data) & 0x8080808080808080u))
+            data += 8;
+        if (data == end)
+            break;
+        if (*data < 0x80) {
+            data++;
+            continue;
+        }
+        if (*data >= 0xC2 && *data <= 0xDF)
+            more = 1;
+        else if (*data >= 0xE0 && *data <= 0xEF) {
+            more = 2;
+            low = *data == 0xE0 ? 0xA0 : low;
+            high = *data == 0xED ? 0x9F : high;
+        } else if (*data >= 0xF0 && *data <= 0xF4) {
+            more = 3;
+            low = *data == 0xF0 ? 0x90 : low;
+            high = *data == 0xF4 ? 0x8F : high;
+        } else
+            return 0;
+        if ((size_t)(end - data) <= more || data[1] < low || data[1] > high)
+            return 0;
+        for (size_t at = 2; at <= more; at++)
+            if (data[at] < 0x80 || data[at] > 0xBF)
+                return 0;
+        data += more + 1;
+    }
+    return 1;
+}
+
+/* Memory for results; for large ones in large pages where the system has them to give: faulting in a result page by
+ * page costs a tenth of what the cipher does. */
+static inline void *okc_take(size_t size)
+{
+    void *memory = NULL;
+    if (size < 2 * OKC_LARGE_PAGE)
+        return malloc(size ? size : 1);
+    if (posix_memalign(&memory, OKC_LARGE_PAGE, size) != 0)
+        return NULL;
+#ifdef MADV_HUGEPAGE
+    (void)madvise(memory, size, MADV_HUGEPAGE);
+#endif
+    return memory;
+}
+
+#endif

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
+
+from .aead cimport RecordCipher
+from .cells cimport Cells
+
+cdef extern from "column.h" nogil:
+    uint64_t okc_hash(const uint8_t *data, size_t size, const uint64_t *seed)
+    bint okc_is_utf8(const uint8_t *data, size_t size)
+    void *okc_take(size_t size)
+
+cdef class Memory:
+    cdef uint8_t *data
+    cdef Py_ssize_t size
+
+cdef class Places:
+    cdef readonly Py_ssize_t count, total, nulls
+    cdef readonly int width
+    cdef readonly Memory offsets, validity
+    cdef readonly object data
+    cdef uint8_t *target
+
+    cdef inline Py_ssize_t begin(self, Py_ssize_t at) noexcept nogil:
+        if self.width == 4:
+            return (<const int32_t *>self.offsets.data)[at]
+        return (<const int64_t *>self.offsets.data)[at]
+
+    cdef inline void put(self, Py_ssize_t at, Py_ssize_t place) noexcept nogil:
+        if self.width == 4:
+            (<int32_t *>self.offsets.data)[at] = <int32_t>place
+        else:
+            (<int64_t *>self.offsets.data)[at] = place
+
+    cdef Py_ssize_t lay_run(self, Cells cells, RecordCipher first, RecordCipher second, Py_ssize_t start,
+                            Py_ssize_t *counts) noexcept nogil
+    cdef int check_range(self, Py_ssize_t count, Py_ssize_t start, Py_ssize_t stop) except -1
+    cdef Memory bits(self)

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3, freethreading_compatible=True
+"""The distinct values of a column: subjects by name, stored data keys by id.
+
+Invariant: a table is filled by one thread and only read from then on. It points into the column, which it holds, and
+its hash has a random seed: who chooses the names cannot choose where they fall.
+"""
+
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, realloc
+from libc.string cimport memcmp
+
+from .aead cimport RecordCipher
+from .cells cimport FOUND, Cells, find_cell
+from .gcm cimport random_public
+from .places cimport okc_hash
+from .secret cimport internal_error, invalid_error
+
+cdef enum:
+    FIRST_ROOM = 256
+
+cdef Py_ssize_t MOST = 2**31 - 1
+cdef uint64_t LOW = 0xFFFFFFFFU
+cdef uint64_t HIGH = 0xFFFFFFFF00000000U
+
+
+cdef class Table:
+    """Distinct byte strings, numbered in the order in which they first appear."""
+
+    def __cinit__(self):
+        self.held = []
+        self.room = FIRST_ROOM
+        self.entries = <Entry *>realloc(NULL, <size_t>self.room * sizeof(Entry))
+        self.slots = <uint64_t *>calloc(<size_t>self.room * 2, sizeof(uint64_t))
+        if self.entries == NULL or self.slots == NULL:
+            raise MemoryError()
+        if random_public(<uint8_t *>self.seed, sizeof(self.seed)) != 1:
+            raise internal_error()("the random generator failed")
+
+    def __dealloc__(self):
+        free(self.entries)
+        free(self.slots)
+
+    def __len__(self):
+        return self.count
+
+    def add_names(self, Cells names not None, Cells cells not None):
+        """Take in the name of each row that is not null in ``cells``; the first row without a name, or -1."""
+        cdef const uint8_t *data = NULL
+        cdef Py_ssize_t at, size = 0, piece = 0, other = 0
+        cdef int status = FOUND
+        if names.count != cells.count:
+            raise invalid_error()(f"there are {cells.count} records and {names.count} subjects")
+        self.held.append(names)
+        with nogil:
+            for at in range(cells.count):
+                if cells.nulls and find_cell(cells.pieces, cells.firsts, &other, at, &data, &size) != FOUND:
+                    continue
+                status = find_cell(names.pieces, names.firsts, &piece, at, &data, &size)
+                if status != FOUND:
+                    break
+                status = self.add(data, size, at)
+                if status != FOUND:
+                    break
+        if status == FOUND:
+            return -1
+        if status < 0:
+            raise MemoryError()
+        return at
+
+    def add_ids(self, RecordCipher cipher not None, Cells cells not None):
+        """Take in the part behind the version of each record of this cipher."""
+        cdef const uint8_t *data = NULL
+        cdef Py_ssize_t at, size = 0, piece = 0
+        cdef int status = FOUND
+        self.held.append(cells)
+        with nogil:
+            for at in range(cells.count):
+                if (find_cell(cells.pieces, cells.firsts, &piece, at, &data, &size) == FOUND
+                        and cipher.takes(data, size) and cipher.version(data) == 0):
+                    status = self.add(cipher.middle(data), cipher.middle_size, at)
+                    if status != FOUND:
+                        break
+        if status != FOUND:
+            raise MemoryError()
+
+    def values(self, Py_ssize_t start, Py_ssize_t stop):
+        """Copies of the distinct values from one number to another."""
+        return [
+            PyBytes_FromStringAndSize(<const char *>self.entries[at].data, self.entries[at].size)
+            for at in range(max(start, 0), min(stop, self.count))
+        ]
+
+    def row(self, Py_ssize_t number):
+        """The row in which a value first appeared."""
+        if not 0 <= number < self.count:
+            raise IndexError(number)
+        return self.entries[number].row
+
+    cdef int grow(self) noexcept nogil:
+        """Twice the room; a slot has half a hash above and a number, from 1 on, below."""
+        cdef Entry *entries = <Entry *>realloc(self.entries, <size_t>self.room * 2 * sizeof(Entry))
+        cdef uint64_t *slots
+        cdef uint64_t mask = <uint64_t>self.room * 4 - 1, at, hashed
+        cdef Py_ssize_t number
+        if entries == NULL:
+            return -1
+        self.entries = entries
+        slots = <uint64_t *>calloc(<size_t>self.room * 4, sizeof(uint64_t))
+        if slots == NULL:
+            return -1
+        for number in range(self.count):
+            hashed = okc_hash(entries[number].data, <size_t>entries[number].size, self.seed)
+            at = hashed & mask
+            while slots[at]:
+                at = (at + 1) & mask
+            slots[at] = (hashed & HIGH) | <uint64_t>(number + 1)
+        free(self.slots)
+        self.slots = slots
+        self.room *= 2
+        return FOUND
+
+    cdef int add(self, const uint8_t *data, Py_ssize_t size, Py_ssize_t row) noexcept nogil:
+        """Number a value unless it is there; FOUND, or -1 when memory is short."""
+        cdef uint64_t hashed, mask, at
+        if self.find(data, size) >= 0:
+            return FOUND
+        if self.count == MOST or (self.count == self.room and self.grow() != FOUND):
+            return -1
+        hashed = okc_hash(data, <size_t>size, self.seed)
+        mask = <uint64_t>self.room * 2 - 1
+        at = hashed & mask
+        while self.slots[at]:
+            at = (at + 1) & mask
+        self.slots[at] = (hashed & HIGH) | <uint64_t>(self.count + 1)
+        self.entries[self.count].data = data
+        self.entries[self.count].size = size
+        self.entries[self.count].row = row
+        self.count += 1
+        return FOUND
+
+    cdef Py_ssize_t find(self, const uint8_t *data, Py_ssize_t size) noexcept nogil:
+        """A value's number, or -1."""
+        cdef uint64_t hashed = okc_hash(data, <size_t>size, self.seed)
+        cdef uint64_t mask = <uint64_t>self.room * 2 - 1
+        cdef uint64_t at = hashed & mask, slot
+        cdef const Entry *entry
+        while True:
+            slot = self.slots[at]
+            if slot == 0:
+                return -1
+            if ((slot ^ hashed) & HIGH) == 0:
+                entry = self.entries + <Py_ssize_t>((slot & LOW) - 1)
+                if entry.size == size and memcmp(entry.data, data, <size_t>size) == 0:
+                    return entry - self.entries
+            at = (at + 1) & mask

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opening a column of envelopes, of any record kind and version among each other.
+
+Invariant: as in ``opener``: plaintext stands only where tag and commitment were right; every other row's place is zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import crypto
+from ..context import Context
+from ..crypto import Cells, KeyRing, Places, RecordCipher, SecretKeys, Table
+from ..errors import DecryptError, InvalidInput, OpenKCMError
+from ..keys import Kind, Service, WrappedKeys
+from ..limits import MAX_KEYS_PER_CALL
+from .batches import at_index, parse_record
+from .column import reasons_column
+from .columns import LONG_RUN, RING, RUN, Job, row_contexts
+from .leases import Leases
+from .sharing import HeldKeys, check_threads
+from .sources import read_source
+from .subjects import OpenGroup, SubjectKeys
+
+REPORT, PASS_OVER = 1, 2
+"""What to do with the rows of a key that is not there: tell them, or leave them to another round."""
+
+
+class ColumnOpener:
+    """Decrypts columns of one service."""
+
+    def __init__(
+        self,
+        service: Service,
+        leases: Leases,
+        subjects: SubjectKeys,
+        held: HeldKeys,
+        inline: RecordCipher,
+        stored: RecordCipher,
+        overheads: tuple[int, int],
+    ) -> None:
+        self._service = service
+        self._leases = leases
+        self._subjects = subjects
+        self._held = held
+        self._inline = inline
+        self._stored = stored
+        self._least = min(overheads)
+
+    def decrypt(
+        self, column: Any, *, context: Context, contexts: Any, out: Any, threads: int, errors: str, text: bool
+    ) -> Any:
+        """As ``ServiceHandle.decrypt_column``."""
+        if errors not in ("raise", "null"):
+            raise InvalidInput('errors is "raise" or "null"')
+        source = read_source(column, "column")
+        cells = Cells(source.parts, "column")
+        bound = row_contexts(context, contexts, cells)
+        most = max(cells.total - self._least * (cells.count - cells.nulls), 0)
+        places = Places(cells.count, most, source.wide)
+        inline, stored, bad = places.lay_opened(cells, self._inline, self._stored, errors == "null")
+        failures = Failures(errors == "raise")
+        for at in bad:
+            failures.add(at, self._why(cells, at))
+        failures.settle()
+        job = Job(source, cells, bound, places, check_threads(threads))
+        job.attach(out)
+        try:
+            if inline:
+                job.share(RUN, lambda start, stop: self._open_inline(job, failures, start, stop))
+            if stored:
+                self._open_stored(job, failures)
+            if text:
+                job.share(LONG_RUN, lambda start, stop: _check_text(places, failures, start, stop))
+            for at in failures.errors:
+                places.clear(at)
+        except BaseException:
+            places.wipe()
+            raise
+        if errors == "raise":
+            return job.result(text)
+        return job.result(text), source.give(reasons_column(places.count, failures.errors))
+
+    def _why(self, cells: Cells, at: int) -> OpenKCMError:
+        """What is wrong with a row that is no record of this service."""
+        try:
+            parse_record(cells.value(at) or b"", self._service.service_id)
+        except OpenKCMError as error:
+            return error
+        return InvalidInput("too short or too long for a record")
+
+    def _open_inline(self, job: Job, failures: Failures, start: int, stop: int) -> None:
+        """The data keys that a run of envelopes carries: one call for each version among them, so mostly one."""
+        gathered = crypto.gather_rows(self._inline, job.cells, start, stop, 0)
+        while gathered is not None:
+            version, packed, more = gathered
+            keys, failed = self._leases.open(WrappedKeys(Kind.INLINE, version, packed))
+            refused = crypto.open_rows(
+                self._inline,
+                job.cells,
+                job.contexts,
+                job.places,
+                start,
+                stop,
+                version,
+                keys,
+                _marks(len(keys), failed) if failed else b"",
+            )
+            keys.wipe()
+            failures.add_all(refused, failed)
+            gathered = crypto.gather_rows(self._inline, job.cells, start, stop, version) if more else None
+        failures.settle()
+
+    # ---- data keys of subjects -------------------------------------------------------------------------
+
+    def _open_stored(self, job: Job, failures: Failures) -> None:
+        """Open the keys of all ids in a few calls, then go through the rows as they stand."""
+        table = Table()
+        table.add_ids(self._stored, job.cells)
+        for first in range(0, len(table), RING):
+            epoch = self._held.epoch
+            slices = [
+                self._open_ids(table.values(start, min(start + MAX_KEYS_PER_CALL, len(table))))
+                for start in range(first, min(first + RING, len(table)), MAX_KEYS_PER_CALL)
+            ]
+            failed = {
+                first + number * MAX_KEYS_PER_CALL + at: error
+                for number, each in enumerate(slices)
+                for at, error in each.failures.items()
+            }
+            for turn in range(max(len(each.rounds) for each in slices)):
+                rounds = [each.round(turn) for each in slices]
+                ring = KeyRing(first, [keys for keys, _ in rounds], [each.ids for each in slices])
+                marks = b"".join([marks for _, marks in rounds])
+                with self._held.hold(ring, epoch):
+                    self._open_ring(job, failures, table, ring, marks if any(marks) else b"", failed)
+
+    def _open_ring(
+        self,
+        job: Job,
+        failures: Failures,
+        table: Table,
+        ring: KeyRing,
+        marks: bytes,
+        failed: dict[int, OpenKCMError],
+    ) -> None:
+        def open_run(start: int, stop: int) -> None:
+            refused = crypto.open_named(
+                self._stored, job.cells, job.contexts, job.places, start, stop, table, ring, marks
+            )
+            failures.add_all(refused, failed)
+            failures.settle()
+
+        job.share(LONG_RUN, open_run)
+
+    def _open_ids(self, ids: list[bytes]) -> _Slice:
+        """Open the keys of ids; those of each service key version are one round."""
+        opened, failures = self._subjects.open_ids(ids)
+        rounds: list[tuple[SecretKeys, bytes]] = []
+        for group in opened or (None,):
+            marks = bytearray([PASS_OVER]) * len(ids)
+            if group is not None:
+                for at in group.positions:
+                    marks[at] = 0
+            for at in failures:
+                marks[at] = PASS_OVER if rounds else REPORT  # told once
+            rounds.append((_in_order(group, len(ids)), bytes(marks)))
+        return _Slice(b"".join(ids), failures, rounds)
+
+
+class _Slice:
+    """One call's worth of ids, and the rounds in which their keys are used."""
+
+    def __init__(
+        self, ids: bytes, failures: dict[int, OpenKCMError], rounds: list[tuple[SecretKeys, bytes]]
+    ) -> None:
+        self.ids = ids
+        self.failures = failures
+        self.rounds = rounds
+
+    def round(self, turn: int) -> tuple[SecretKeys, bytes]:
+        """The keys of a round, or keys that open nothing where there are no more."""
+        if turn < len(self.rounds):
+            return self.rounds[turn]
+        count = len(self.rounds[0][1])
+        return crypto.generate_keys(count), bytes([PASS_OVER]) * count
+
+
+def _in_order(group: OpenGroup | None, count: int) -> SecretKeys:
+    """A key for each id in the order of the ids; a key that nobody has where there is none."""
+    if group is None:
+        return crypto.generate_keys(count)
+    if len(group.positions) == count:
+        return group.keys
+    where = {at: local for local, at in enumerate(group.positions)}
+    chosen = group.keys.select([where.get(at, 0) for at in range(count)])
+    group.keys.wipe()
+    return chosen
+
+
+class Failures:
+    """The rows that did not open and why; shared by threads, each of which adds rows of its own."""
+
+    def __init__(self, raising: bool) -> None:
+        self._raising = raising
+        self.errors: dict[int, OpenKCMError] = {}
+
+    def add(self, row: int, error: OpenKCMError) -> None:
+        """Note a row's error."""
+        self.errors[row] = at_index(error, row)
+
+    def add_all(self, refused: list[tuple[int, int]], failed: Any) -> None:
+        """Note rows that were refused; each comes with its key's number in ``failed``, or -1."""
+        for row, number in refused:
+            self.add(row, failed[number] if number >= 0 else DecryptError())
+
+    def settle(self) -> None:
+        """Raise the error of the first row, if errors are to be raised."""
+        if self._raising and self.errors:
+            raise self.errors[min(self.errors.copy())]
+
+
+def _marks(count: int, failed: Any) -> bytes:
+    marks = bytearray(count)
+    for at in failed:
+        marks[at] = REPORT
+    return bytes(marks)
+
+
+def _check_text(places: Places, failures: Failures, start: int, stop: int) -> None:
+    """Rows of text are UTF-8."""
+    while (start := places.first_no_text(start, stop)) < stop:
+        failures.add(
+            start,
+            InvalidInput("this row was decrypted and is no text (UTF-8); ask for bytes, without text=True"),
+        )
+        failures.settle()
+        start += 1

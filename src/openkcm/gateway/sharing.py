@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of one call, shared out among threads; and the keys that such a call holds open.
+
+Invariant: runs of rows are handed out in their order, and when one fails no more are: the error that is raised is that
+of the first run that failed, whichever thread had it. Keys held for a whole call are wiped when the tenant goes dark.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from ..crypto import KeyRing, Places
+from ..errors import InvalidInput, SecretMemoryError, TenantDark
+
+MOST_THREADS: Final = 256
+RUN_BYTES: Final = 4 * 1024 * 1024
+"""A run of rows ends here at the latest, so that a kill does not wait for it long."""
+
+Work = Callable[[int, int], None]
+
+
+def check_threads(threads: object) -> int:
+    """Return ``threads`` if so many can share a column."""
+    if not isinstance(threads, int) or not 1 <= threads <= MOST_THREADS:
+        raise InvalidInput(f"threads is a number from 1 to {MOST_THREADS}")
+    return threads
+
+
+def share(places: Places, rows: int, threads: int, work: Work) -> None:
+    """Call ``work(start, stop)`` for runs of at most ``rows`` rows until all are done, in up to so many threads."""
+    if threads == 1 or places.count <= rows:
+        start = 0
+        while start < places.count:
+            stop = places.stop_for(start, rows, RUN_BYTES)
+            work(start, stop)
+            start = stop
+        return
+    runs = _Runs(places, rows, work)
+    others = [
+        threading.Thread(target=runs.work, name=f"openkcm-column-{number}", daemon=True)
+        for number in range(1, min(threads, -(-places.count // rows)))
+    ]
+    for thread in others:
+        thread.start()
+    try:
+        runs.work()
+    finally:
+        runs.stop()  # the caller's thread was interrupted, or there is nothing left
+        for thread in others:
+            thread.join()
+    runs.settle()
+
+
+class _Runs:
+    """What is left to hand out, and what went wrong."""
+
+    def __init__(self, places: Places, rows: int, work: Work) -> None:
+        self._places = places
+        self._rows = rows
+        self._work = work
+        self._lock = threading.Lock()
+        self._next = 0
+        self._failed: dict[int, BaseException] = {}
+
+    def work(self) -> None:
+        while (run := self._take()) is not None:
+            try:
+                self._work(*run)
+            except Exception as error:
+                with self._lock:
+                    self._failed[run[0]] = error
+
+    def _take(self) -> tuple[int, int] | None:
+        with self._lock:
+            start = self._next
+            if self._failed or start >= self._places.count:
+                return None
+            self._next = stop = self._places.stop_for(start, self._rows, RUN_BYTES)
+            return start, stop
+
+    def stop(self) -> None:
+        with self._lock:
+            self._next = self._places.count
+
+    def settle(self) -> None:
+        if self._failed:
+            raise self._failed[min(self._failed)]
+
+
+class HeldKeys:
+    """The rings of open keys that calls of one service hold."""
+
+    def __init__(self, tenant: str) -> None:
+        self._tenant = tenant
+        self._lock = threading.Lock()
+        self._epoch = 0
+        self._rings: weakref.WeakSet[KeyRing] = weakref.WeakSet()
+
+    @property
+    def epoch(self) -> int:
+        """A number that grows when every ring is wiped; taken before keys are opened."""
+        return self._epoch
+
+    @contextmanager
+    def hold(self, ring: KeyRing, epoch: int) -> Iterator[None]:
+        """Keep a ring within reach of ``wipe`` while it is used; it is wiped at the end.
+
+        Raises:
+            TenantDark: it was wiped meanwhile.
+        """
+        with self._lock:
+            self._rings.add(ring)
+            dark = epoch != self._epoch
+        try:
+            if dark:
+                ring.wipe()
+            yield
+        except SecretMemoryError:
+            if epoch == self._epoch:
+                raise
+            raise TenantDark(
+                f"the tenant {self._tenant} went dark while a column was worked on; it was stopped"
+            ) from None
+        finally:
+            ring.wipe()
+
+    def wipe(self) -> None:
+        """Zero every key that is held; the calls that use them stop at their next run."""
+        with self._lock:
+            self._epoch += 1
+            rings = list(self._rings)
+        for ring in rings:
+            ring.wipe()
