@@ -6,116 +6,23 @@ Invariant: as in ``aead``: plaintext leaves only after its tag and its commitmen
 here. A call works on a run of rows, on its own cipher context; calls on other runs may go on beside it.
 """
 
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t, uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
-from .aead cimport BROKEN, DONE, JOINED, MAX_RECORD, REFUSED, SMALL, Item, RecordCipher
-from .cells cimport FOUND, MALFORMED, MISSING, Cells, Piece, find_cell
-from .gcm cimport Gcm, gcm_begin, gcm_end, random_public
+from .aead cimport BROKEN, DONE, REFUSED, SMALL, RecordCipher
+from .cells cimport FOUND, MISSING, Cells, find_cell
+from .gcm cimport Gcm, gcm_begin, gcm_end
 from .openssl cimport *
 from .places cimport Places
 from .ring cimport BLOCK, Block, Held, KeyRing, order_block
+from .run cimport CHANGED, Run, run_nonce, run_place, run_row, run_start
 from .secret cimport *
 from .table cimport Table
 
 cdef enum:
-    CHANGED = -2                    # a buffer was written to while it was read
-    NONCES = 128                    # drawn at a time
     ABSENT = 1
-
-cdef Py_ssize_t MOST_CONTEXT = 2**30
-
-
-cdef class RowContexts:
-    """A context for each row: ``present`` and its bytes, or ``absent`` alone for a null; one byte each."""
-
-    cdef readonly Cells cells
-    cdef uint8_t absent, present
-
-    def __init__(self, Cells cells not None, bytes absent not None, bytes present not None):
-        self.cells = cells
-        self.absent, self.present = <uint8_t>absent[0], <uint8_t>present[0]
-
-
-cdef struct Run:
-    # What a run of rows reads, its supply of nonces, and one context put together.
-    const Piece *pieces
-    const Py_ssize_t *firsts
-    Py_ssize_t piece
-    const Piece *context_pieces
-    const Py_ssize_t *context_firsts
-    Py_ssize_t context_piece
-    uint8_t absent, present
-    uint8_t *large
-    Item item
-    int drawn
-    uint8_t[JOINED] small
-    uint8_t[NONCES * NONCE] nonces
-
-
-cdef int run_start(Run *run, Cells cells, contexts) except -1:
-    cdef RowContexts each
-    cdef bytes one
-    run.pieces, run.firsts, run.piece = cells.pieces, cells.firsts, 0
-    run.context_pieces, run.context_piece = NULL, 0
-    run.large = NULL
-    run.drawn = 0
-    if isinstance(contexts, RowContexts):
-        each = contexts
-        if each.cells.count != cells.count:
-            raise invalid_error()("there must be one context for each record")
-        run.context_pieces, run.context_firsts = each.cells.pieces, each.cells.firsts
-        run.absent, run.present = each.absent, each.present
-    else:
-        one = contexts
-        run.item.context = <const uint8_t *>PyBytes_AS_STRING(one)
-        run.item.context_size = <int>PyBytes_GET_SIZE(one)
-    return 0
-
-
-cdef int run_row(Run *run, Py_ssize_t at) noexcept nogil:
-    """Point the item at a row and its context: FOUND, MISSING, CHANGED, or BROKEN when memory is short."""
-    cdef const uint8_t *data = NULL
-    cdef Py_ssize_t size = 0
-    cdef uint8_t *joined = run.small
-    cdef int status = find_cell(run.pieces, run.firsts, &run.piece, at, &run.item.data, &run.item.size)
-    if status != FOUND or run.context_pieces == NULL:
-        return CHANGED if status == MALFORMED else status
-    status = find_cell(run.context_pieces, run.context_firsts, &run.context_piece, at, &data, &size)
-    if status == MALFORMED or size > MOST_CONTEXT:
-        return CHANGED
-    if size >= JOINED:
-        free(run.large)
-        run.large = joined = <uint8_t *>malloc(<size_t>size + 1)
-        if joined == NULL:
-            return BROKEN
-    joined[0] = run.present if status == FOUND else run.absent
-    if size and status == FOUND:
-        memcpy(joined + 1, data, <size_t>size)
-    run.item.context = joined
-    run.item.context_size = <int>(size + 1) if status == FOUND else 1
-    return FOUND
-
-
-cdef const uint8_t *run_nonce(Run *run) noexcept nogil:
-    """The next nonce; NULL when the generator failed."""
-    if run.drawn == 0:
-        if random_public(run.nonces, NONCES * NONCE) != 1:
-            return NULL
-        run.drawn = NONCES
-    run.drawn -= 1
-    return run.nonces + run.drawn * NONCE
-
-
-cdef int run_place(Run *run, Places places, Py_ssize_t at, Py_ssize_t size) noexcept nogil:
-    """Point the item at its place; CHANGED if what goes there has another size than when it was laid out."""
-    cdef Py_ssize_t begin = places.begin(at)
-    if places.begin(at + 1) - begin != size:
-        return CHANGED
-    run.item.output = places.target + begin
-    return FOUND
 
 
 cdef int check_call(Cells cells, Places places, Py_ssize_t start, Py_ssize_t stop) except -1:

@@ -113,7 +113,7 @@ def _load_fast() -> dict[str, Any]:
             "gcm",
             "secret",
             "wrapping",
-            *("aead", "rows", "stream", "cells", "places", "table", "ring", "column", "arrow"),
+            *("aead", "rows", "stream", "cells", "places", "table", "ring", "run", "column", "arrow"),
         )
     )
     try:

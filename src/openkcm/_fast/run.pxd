@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+# A run of rows under way: where the next one is, its context, its place and its nonce.
+from libc.stdint cimport uint8_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
+
+from .aead cimport BROKEN, JOINED
+from .batch cimport Item
+from .cells cimport FOUND, MALFORMED, Cells, Piece, find_cell
+from .gcm cimport random_public
+from .places cimport Places
+from .secret cimport NONCE
+
+cdef enum:
+    CHANGED = -2                    # a buffer was written to while it was read
+    NONCES = 128                    # drawn at a time
+    MOST_CONTEXT = 1 << 30
+
+cdef class RowContexts:
+    cdef readonly Cells cells
+    cdef uint8_t absent, present
+
+cdef struct Run:
+    # What a run of rows reads, its supply of nonces, and one context put together.
+    const Piece *pieces
+    const Py_ssize_t *firsts
+    Py_ssize_t piece
+    const Piece *context_pieces
+    const Py_ssize_t *context_firsts
+    Py_ssize_t context_piece
+    uint8_t absent, present
+    uint8_t *large
+    Item item
+    int drawn
+    uint8_t[JOINED] small
+    uint8_t[NONCES * NONCE] nonces
+
+cdef int run_start(Run *run, Cells cells, contexts) except -1
+
+
+cdef inline int run_row(Run *run, Py_ssize_t at) noexcept nogil:
+    """Point the item at a row and its context: FOUND, MISSING, CHANGED, or BROKEN when memory is short."""
+    cdef const uint8_t *data = NULL
+    cdef Py_ssize_t size = 0
+    cdef uint8_t *joined = run.small
+    cdef int status = find_cell(run.pieces, run.firsts, &run.piece, at, &run.item.data, &run.item.size)
+    if status != FOUND or run.context_pieces == NULL:
+        return CHANGED if status == MALFORMED else status
+    status = find_cell(run.context_pieces, run.context_firsts, &run.context_piece, at, &data, &size)
+    if status == MALFORMED or size > MOST_CONTEXT:
+        return CHANGED
+    if size >= JOINED:
+        free(run.large)
+        run.large = joined = <uint8_t *>malloc(<size_t>size + 1)
+        if joined == NULL:
+            return BROKEN
+    joined[0] = run.present if status == FOUND else run.absent
+    if size and status == FOUND:
+        memcpy(joined + 1, data, <size_t>size)
+    run.item.context = joined
+    run.item.context_size = <int>(size + 1) if status == FOUND else 1
+    return FOUND
+
+
+cdef inline const uint8_t *run_nonce(Run *run) noexcept nogil:
+    """The next nonce; NULL when the generator failed."""
+    if run.drawn == 0:
+        if random_public(run.nonces, NONCES * NONCE) != 1:
+            return NULL
+        run.drawn = NONCES
+    run.drawn -= 1
+    return run.nonces + run.drawn * NONCE
+
+
+cdef inline int run_place(Run *run, Places places, Py_ssize_t at, Py_ssize_t size) noexcept nogil:
+    """Point the item at its place; CHANGED if what goes there has another size than when it was laid out."""
+    cdef Py_ssize_t begin = places.begin(at)
+    if places.begin(at + 1) - begin != size:
+        return CHANGED
+    run.item.output = places.target + begin
+    return FOUND

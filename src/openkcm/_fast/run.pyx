@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3, freethreading_compatible=True
+"""A context for each row of a column, and the start of a run of rows.
+
+Invariant: what a run points to is held by the objects it was started from, which outlive it.
+"""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from libc.stdint cimport uint8_t
+
+from .cells cimport Cells
+from .secret cimport invalid_error
+
+
+cdef class RowContexts:
+    """A context for each row: ``present`` and its bytes, or ``absent`` alone for a null; one byte each."""
+
+    def __init__(self, Cells cells not None, bytes absent not None, bytes present not None):
+        self.cells = cells
+        self.absent, self.present = <uint8_t>absent[0], <uint8_t>present[0]
+
+
+cdef int run_start(Run *run, Cells cells, contexts) except -1:
+    cdef RowContexts each
+    cdef bytes one
+    run.pieces, run.firsts, run.piece = cells.pieces, cells.firsts, 0
+    run.context_pieces, run.context_piece = NULL, 0
+    run.large = NULL
+    run.drawn = 0
+    if isinstance(contexts, RowContexts):
+        each = contexts
+        if each.cells.count != cells.count:
+            raise invalid_error()("there must be one context for each record")
+        run.context_pieces, run.context_firsts = each.cells.pieces, each.cells.firsts
+        run.absent, run.present = each.absent, each.present
+    else:
+        one = contexts
+        run.item.context = <const uint8_t *>PyBytes_AS_STRING(one)
+        run.item.context_size = <int>PyBytes_GET_SIZE(one)
+    return 0
