@@ -39,7 +39,7 @@ ERRORS = {name for name, value in vars(openkcm.errors).items() if isinstance(val
 PUBLIC = {
     *ERRORS,
     *("Core", "Probe", "TenantStatus", "ServiceStatus", "ServiceKeyStatus", "AuditRecord"),
-    *("Gateway", "ServiceHandle", "DataKeyPolicy", "PoolPolicy", "KeyStore"),
+    *("Gateway", "ServiceHandle", "Column", "DataKeyPolicy", "PoolPolicy", "KeyStore"),
     *("KeyService", "Service", "Event", "Change", "Kind", "KeyState", "TenantState"),
     *("Root", "open_root", "backend_info", "__version__"),
 }

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from ..errors import InvalidInput
+from .pure_cells import address_of
 
 _NULLABLE: Final = 2
 _MOST_BUFFERS: Final = 1 << 20
@@ -196,17 +197,14 @@ def export_schema(format: str) -> object:  # noqa: A002 - the native backend's n
 
 def export_array(length: int, null_count: int, validity: Any, offsets: Any, data: Any) -> object:
     """A capsule with an array of these buffers, validity's may be None; it holds them until it is released."""
-    import cffi
-
     pointers = (ctypes.c_void_p * 3)()
-    ffi = cffi.FFI()
     held: list[Any] = [pointers]
     for at, each in enumerate((validity, offsets, data)):
         if each is not None:
             # Some consumers take no null here, not even for nothing.
-            view = ffi.from_buffer("char[]", each if memoryview(each).nbytes else bytes(8))
+            view = memoryview(each if memoryview(each).nbytes else bytes(8))
             held.append(view)
-            pointers[at] = int(ffi.cast("uintptr_t", view))
+            pointers[at] = address_of(view)
     array = _Array()
     array.length, array.null_count, array.n_buffers = length, null_count, len(pointers)
     array.buffers = ctypes.cast(pointers, ctypes.POINTER(ctypes.c_void_p))

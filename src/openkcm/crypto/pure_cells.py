@@ -25,6 +25,11 @@ _MOST_NARROW: Final = 2**31 - 1
 _SIGNED: Final[dict[int, Any]] = {1: "b", 2: "h", 4: "i", 8: "q"}
 
 
+def address_of(view: memoryview) -> int:
+    """Where a buffer's bytes are."""
+    return int(_ffi.cast("uintptr_t", _ffi.from_buffer("char[]", view)))
+
+
 class _MalformedError(Exception):
     """A row says that it is where it cannot be."""
 
@@ -42,6 +47,7 @@ class _Piece:
         self._layout = part.layout if part.count else NOTHING
         end = part.start + part.count
         self.spans: list[tuple[int, int]] = []
+        self._held: list[memoryview] = []
         self._validity = None
         if part.validity is not None and part.count:
             self._validity = self._pin(part.validity, (end + 7) >> 3, 1)
@@ -80,10 +86,12 @@ class _Piece:
             given = memoryview(source)
             if not given.c_contiguous:
                 raise InvalidInput(f"a buffer of the {self._name} is not contiguous")
-            held = _ffi.from_buffer("char[]", given)
-            size, place = given.nbytes, int(_ffi.cast("uintptr_t", held))
+            size, place = given.nbytes, address_of(given)
+            # What was given is held beside the view: cffi's own way of holding it does not survive the collector.
+            self._held.append(given)
             # A view of the size that is needed can be cast to items of its width.
-            view = memoryview(_ffi.buffer(held, needed if needed and needed <= size else size))
+            wanted = needed if needed and needed <= size else size
+            view = memoryview(_ffi.buffer(_ffi.cast("char *", place), wanted))
         if size < needed:
             raise InvalidInput(f"a buffer of the {self._name} ends before its last row")
         if needed and place % align:
@@ -196,8 +204,7 @@ class Cells:
 
     def overlaps(self, buffer: Any) -> bool:
         """Whether a row's bytes, or what says where they are, lie within a buffer."""
-        held = _ffi.from_buffer("char[]", memoryview(buffer))
-        begin = int(_ffi.cast("uintptr_t", held))
+        begin = address_of(memoryview(buffer))
         end = begin + memoryview(buffer).nbytes
         spans = [span for piece in self._pieces for span in piece.spans]
         return any(first < end and begin < last for first, last in spans if first < last)
@@ -270,8 +277,7 @@ class Places:
         if view.nbytes < self.total:
             raise InvalidInput(f"the result takes {self.total} bytes and out= has {view.nbytes}")
         self.data = view
-        # Whatever its items are, and none or many dimensions: bytes from here on.
-        self._target = memoryview(_ffi.buffer(_ffi.from_buffer("char[]", view))) if view.nbytes else view
+        self._target = view.cast("B")
 
     def write(self, at: int, row: bytes) -> None:
         """Fill a row's place."""

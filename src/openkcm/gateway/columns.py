@@ -55,6 +55,11 @@ class Job:
             raise InvalidInput(f"out= is a writable buffer, not {type(out).__name__}") from None
         if view.readonly or not view.c_contiguous:
             raise InvalidInput("out= must be writable and contiguous")
+        if view.ndim != 1 or view.format != "B":
+            try:
+                view = view.cast("B")
+            except (TypeError, ValueError):
+                raise InvalidInput("out= is a buffer of plain bytes or numbers") from None
         bound = [self.contexts.cells] if isinstance(self.contexts, RowContexts) else []
         if any(each.overlaps(view) for each in (self.cells, *bound, *others)):
             raise InvalidInput("out= overlaps a buffer that is read")
@@ -70,7 +75,7 @@ class Job:
         validity = None if places.validity is None else memoryview(places.validity)
         offsets = memoryview(places.offsets).cast("i" if places.width == 4 else "q")
         assert places.data is not None
-        data = memoryview(places.data).cast("B")[: places.total]
+        data = memoryview(places.data)[: places.total]
         return self.source.give(Column(offsets, data, validity, places.nulls, text))
 
 

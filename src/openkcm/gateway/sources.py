@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
 
 from ..crypto import CODES, FIXED, NOTHING, OFFSETS, VIEWS, Part, read_array, read_stream
-from ..errors import InvalidInput
+from ..errors import InvalidInput, OpenKCMError
 from .column import Column
 
 Shape: TypeAlias = Literal["column", "array", "chunks"]
@@ -81,7 +81,7 @@ def read_source(column: Any, name: str) -> Source:
         return _wide([_buffers_part(column, name)])
     for method, read in (("__arrow_c_array__", _read_array), ("__arrow_c_stream__", _read_stream)):
         if hasattr(column, method) and not isinstance(column, type):
-            return _wide([_node_part(node, name) for node in read(column, name)])
+            return _wide([_node_part(node, name) for node in _ask(column, name, read)])
     return Source([_fixed_part(column, name)])
 
 
@@ -96,18 +96,20 @@ def _wide(parts: list[Part]) -> Source:
 # ---- Arrow, through capsules -----------------------------------------------------------------------------
 
 
-def _read_array(column: Any, name: str) -> list[Any]:
-    return [read_array(*_ask(column.__arrow_c_array__, name))]
+def _read_array(column: Any) -> list[Any]:
+    return [read_array(*column.__arrow_c_array__())]
 
 
-def _read_stream(column: Any, name: str) -> list[Any]:
-    nodes: list[Any] = read_stream(_ask(column.__arrow_c_stream__, name))
+def _read_stream(column: Any) -> list[Any]:
+    nodes: list[Any] = read_stream(column.__arrow_c_stream__())
     return nodes
 
 
-def _ask(export: Any, name: str) -> Any:
+def _ask(column: Any, name: str, read: Callable[[Any], list[Any]]) -> list[Any]:
     try:
-        return export()
+        return read(column)
+    except OpenKCMError:
+        raise
     except Exception as error:  # another library's, of any kind
         raise InvalidInput(
             f"the {name} cannot be handed over through Arrow's interface: {type(error).__name__}"

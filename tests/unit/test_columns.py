@@ -1,0 +1,540 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Columns: the same envelopes as single calls make, in every layout, and nothing written when something is wrong."""
+
+from __future__ import annotations
+
+import threading
+from array import array
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import openkcm
+from openkcm.crypto import Places
+from openkcm.envelope import INLINE_OVERHEAD, STORED_OVERHEAD
+from openkcm.errors import DecryptError, InvalidInput, KeyDestroyed, LimitExceeded, TenantDark
+from openkcm.gateway import Column, DataKeyPolicy, ServiceHandle
+from openkcm.gateway import columns as columns_module
+from support import refused
+
+ROWS: list[bytes | None] = [None if at % 7 == 3 else bytes([at % 256]) * (at % 90) for at in range(1500)]
+PLAIN = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+TEXT = ["ann", None, "", "bøb", "a longer name than a view holds", None, "ann"]
+
+
+def other(core: openkcm.Core, **options: object) -> ServiceHandle:
+    return openkcm.Gateway(core, **options).service("acme", "records")  # type: ignore[arg-type]
+
+
+def as_bytes(rows: list[Any]) -> list[bytes | None]:
+    return [row.encode() if isinstance(row, str) else row for row in rows]
+
+
+# ---- the same as single calls ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("context", [None, b"", b"raw", {"table": "cards"}])
+@pytest.mark.parametrize("subject", [None, "ann"])
+def test_cells_are_envelopes(service: ServiceHandle, threads: int, context: Any, subject: str | None) -> None:
+    column = pa.array(ROWS, pa.binary())
+    sealed = service.encrypt_column(column, context=context, subject=subject, threads=threads)
+    sealed.validate(full=True)
+    assert sealed.type == pa.binary()
+    overhead = INLINE_OVERHEAD if subject is None else STORED_OVERHEAD
+    cells = sealed.to_pylist()
+    for row, cell in zip(ROWS[::50], cells[::50], strict=True):
+        assert (cell is None) == (row is None)
+        if row is not None:
+            assert len(cell) == len(row) + overhead
+            assert service.decrypt(cell, context=context) == row
+    found = [cell for cell in cells if cell is not None]
+    assert len(set(found)) == len(found)
+    assert service.decrypt_many(found, context=context) == [row for row in ROWS if row is not None]
+    assert service.decrypt_column(sealed, context=context, threads=threads).equals(column)
+    wrong = b"other" if context != b"other" else None
+    error = refused(lambda: service.decrypt_column(sealed, context=wrong, threads=threads), DecryptError)
+    assert error.index == 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_lists_encrypt_columns_decrypt(service: ServiceHandle, threads: int) -> None:
+    records = [bytes(at % 100) for at in range(2000)]
+    contexts = [None if at % 5 == 0 else b"row %d" % at for at in range(2000)]
+    blobs = service.encrypt_many(records, contexts=contexts)
+    opened = service.decrypt_column(
+        pa.array(blobs), contexts=pa.array(contexts, pa.binary()), threads=threads
+    )
+    assert opened.to_pylist() == records
+
+
+def test_a_row_context_means_what_it_means_to_encrypt(service: ServiceHandle) -> None:
+    values = ["", "row 1", None, "a" * 600, "b" * 65_535, "ü"]
+    for contexts in (
+        pa.array(values),
+        pa.array(values, pa.large_string()),
+        pa.array(values).dictionary_encode(),
+        pa.array(as_bytes(values), pa.binary()),
+        pl.Series(values),
+        pd.Series(values, dtype="str"),
+    ):
+        for subject in (None, "ann"):
+            sealed = service.encrypt_column(pa.array([b"x"] * 6), contexts=contexts, subject=subject)
+            for cell, context in zip(sealed.to_pylist(), as_bytes(values), strict=True):
+                assert service.decrypt(cell, context=context) == b"x"
+            assert service.decrypt_column(sealed, contexts=contexts).to_pylist() == [b"x"] * 6
+            refused(lambda sealed=sealed: service.decrypt_column(sealed), DecryptError)
+
+
+def test_each_row_has_a_key_and_a_nonce_of_its_own(service: ServiceHandle) -> None:
+    cells = service.encrypt_column(pa.array([b"same"] * 2000), threads=2).to_pylist()
+    assert len({cell[24:96] for cell in cells}) == len({cell[96:108] for cell in cells}) == 2000
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [DataKeyPolicy(records=700), DataKeyPolicy(records=2**20, bytes=4000), DataKeyPolicy(records=2**31)],
+)
+def test_policies_hold(core: openkcm.Core, policy: DataKeyPolicy) -> None:
+    service = other(core, policy=policy)
+    column = pa.array(ROWS, pa.binary())
+    sealed = service.encrypt_column(column, threads=2)
+    assert service.decrypt_column(sealed).equals(column)
+    uses: dict[bytes, list[int]] = {}
+    for row, cell in zip(ROWS, sealed.to_pylist(), strict=True):
+        if row is not None:
+            uses.setdefault(cell[24:96], []).append(len(row))
+    assert max(map(len, uses.values())) <= policy.records
+    if policy.bytes is not None:
+        assert max(map(sum, uses.values())) <= policy.bytes
+        assert len(uses) < 40
+    elif policy.records > 2000:
+        assert len(uses) == 1
+    else:
+        assert len(uses) <= 4
+
+
+# ---- layouts ---------------------------------------------------------------------------------------------
+
+
+def layouts(values: list[str | None]) -> dict[str, Callable[[], Any]]:
+    """The same rows in every layout."""
+    raw = as_bytes(values)
+    sliced = pa.array([*as_bytes(values)[:1], *raw, b"behind"], pa.binary()).slice(1, len(values))
+    return {
+        "binary": lambda: pa.array(raw, pa.binary()),
+        "large_binary": lambda: pa.array(raw, pa.large_binary()),
+        "string": lambda: pa.array(values, pa.string()),
+        "large_string": lambda: pa.array(values, pa.large_string()),
+        "binary_view": lambda: pa.array(raw, pa.binary_view()),
+        "string_view": lambda: pa.array(values, pa.string_view()),
+        "dictionary": lambda: pa.array(values, pa.string()).dictionary_encode(),
+        "small dictionary": lambda: pa.array(values, pa.dictionary(pa.int8(), pa.string())),
+        "unsigned dictionary": lambda: pa.array(values, pa.dictionary(pa.uint16(), pa.large_binary())),
+        "sliced": lambda: sliced,
+        "sliced dictionary": lambda: sliced.dictionary_encode().slice(0, len(values)),
+        "polars": lambda: pl.Series(values, dtype=pl.String),
+        "polars binary": lambda: pl.Series(raw, dtype=pl.Binary),
+        "polars categorical": lambda: pl.Series(values, dtype=pl.Categorical),
+        "pandas": lambda: pd.Series(values, dtype="str"),
+        "pandas arrow": lambda: pd.Series(raw, dtype=pd.ArrowDtype(pa.binary())),
+        "capsule": lambda: Capsule(pa.array(raw, pa.binary())),
+        "stream": lambda: Stream(
+            pa.chunked_array([pa.array(raw[:2], pa.binary()), pa.array(raw[2:], pa.binary())])
+        ),
+    }
+
+
+class Capsule:
+    """Nothing but the interface: what another library's array looks like to us."""
+
+    def __init__(self, held: Any) -> None:
+        self._held = held
+
+    def __arrow_c_array__(self, requested_schema: object = None) -> Any:
+        return self._held.__arrow_c_array__()
+
+
+class Stream:
+    """Nothing but the interface for chunks."""
+
+    def __init__(self, held: Any) -> None:
+        self._held = held
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> Any:
+        return self._held.__arrow_c_stream__()
+
+
+@pytest.mark.parametrize("layout", sorted(layouts(TEXT)))
+def test_every_layout_is_read(service: ServiceHandle, layout: str) -> None:
+    column = layouts(TEXT)[layout]()
+    sealed = service.encrypt_column(column)
+    assert isinstance(sealed, (Column, pa.Array))
+    opened = service.decrypt_column(sealed)
+    assert (
+        list(opened) == as_bytes(TEXT) if isinstance(opened, Column) else opened.to_pylist() == as_bytes(TEXT)
+    )
+    text = service.decrypt_column(sealed, text=True)
+    assert (list(text) if isinstance(text, Column) else text.to_pylist()) == TEXT
+    cells = pa.array(sealed)
+    cells.validate(full=True)
+    for row, cell in zip(as_bytes(TEXT), cells.to_pylist(), strict=True):
+        assert cell is None if row is None else service.decrypt(cell) == row
+
+
+@pytest.mark.parametrize("layout", sorted(layouts(TEXT)))
+def test_envelopes_contexts_and_subjects_come_in_every_layout(service: ServiceHandle, layout: str) -> None:
+    names = [name or "somebody" for name in TEXT]
+    rows = pa.array([b"%d" % at for at in range(len(TEXT))])
+    sealed = service.encrypt_column(rows, contexts=layouts(TEXT)[layout](), subjects=layouts(names)[layout]())
+    for at, (cell, context) in enumerate(zip(sealed.to_pylist(), as_bytes(TEXT), strict=True)):
+        assert service.decrypt(cell, context=context) == b"%d" % at
+    assert len({cell[24:40] for cell in sealed.to_pylist()}) == len(set(names))
+    views = sealed.cast(pa.binary_view())
+    assert service.decrypt_column(views, contexts=layouts(TEXT)[layout]()).to_pylist() == rows.to_pylist()
+
+
+def test_chunks_stay(service: ServiceHandle) -> None:
+    chunks = pa.chunked_array([[b"a", None], [], [b"b"], [b"c" * 100] * 900])
+    sealed = service.encrypt_column(chunks)
+    assert isinstance(sealed, pa.ChunkedArray)
+    assert list(map(len, sealed.chunks)) == [2, 0, 1, 900]
+    sealed.validate(full=True)
+    opened = service.decrypt_column(sealed, threads=2)
+    assert opened.equals(chunks)
+    assert list(map(len, opened.chunks)) == [2, 0, 1, 900]
+    empty = pa.chunked_array([], pa.binary())
+    assert service.decrypt_column(service.encrypt_column(empty)).equals(empty)
+
+
+def test_large_kinds_stay_large(service: ServiceHandle) -> None:
+    sealed = service.encrypt_column(pa.array([b"a"], pa.large_binary()))
+    assert sealed.type == pa.large_binary()
+    assert service.decrypt_column(sealed, text=True).type == pa.large_string()
+
+
+def test_offsets_grow_with_the_result() -> None:
+    # 14 million empty rows make envelopes over 2 GiB; here only the question is asked.
+    assert Places(3, 2**31 - 1, False).width == 4
+    assert Places(3, 2**31, False).width == 8
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        np.array([b"ann", b"bob\0x", b""], dtype="S6"),
+        np.arange(5, dtype=np.int64),
+        np.zeros(3, dtype=np.dtype([("a", "i4"), ("b", "f8")])),
+        np.array([b"12345678" * 2] * 3, dtype="V16"),
+        np.array([], dtype="S4"),
+        array("d", [1.0, 2.0]),
+    ],
+    ids=lambda rows: str(getattr(rows, "dtype", "array")),
+)
+def test_items_of_a_fixed_width(service: ServiceHandle, rows: Any) -> None:
+    sealed = service.encrypt_column(rows)
+    assert isinstance(sealed, Column)
+    width = memoryview(rows).itemsize
+    whole = bytes(memoryview(rows))
+    assert list(service.decrypt_column(sealed)) == [
+        whole[at : at + width] for at in range(0, len(whole), width)
+    ]
+    assert bytes(service.decrypt_column(sealed).data) == whole
+
+
+def test_offsets_and_data(service: ServiceHandle) -> None:
+    for kind in ("i", "q"):
+        sealed = service.encrypt_column((array(kind, [0, 3, 3, 5]), b"annbo"))
+        assert sealed.large == (kind == "q")
+        assert list(service.decrypt_column((sealed.offsets, sealed.data))) == [b"ann", b"", b"bo"]
+    nulls = service.encrypt_column((np.array([1, 3, 3, 5], np.int32), bytearray(b"xannbo"), b"\x05"))
+    assert list(service.decrypt_column(nulls)) == [b"an", None, b"nb"]
+    assert nulls.null_count == 1
+
+
+@PLAIN
+@given(
+    chunks=st.lists(st.lists(st.one_of(st.none(), st.binary(max_size=40)), max_size=12), max_size=4),
+    kind=st.sampled_from(
+        [pa.binary(), pa.large_binary(), pa.binary_view(), pa.dictionary(pa.int16(), pa.binary())]
+    ),
+    cut=st.tuples(st.integers(0, 9), st.integers(0, 30)),
+    threads=st.sampled_from([1, 2]),
+    subjects=st.booleans(),
+    context=st.booleans(),
+)
+def test_any_slice_of_any_chunks(
+    service: ServiceHandle,
+    chunks: list[list[bytes | None]],
+    kind: Any,
+    cut: tuple[int, int],
+    threads: int,
+    subjects: bool,
+    context: bool,
+) -> None:
+    column = pa.chunked_array([pa.array(chunk, pa.binary()).cast(kind) for chunk in chunks], kind).slice(*cut)
+    names = pa.array([f"user-{at % 3}" for at in range(len(column))]) if subjects else None
+    contexts = column.cast(pa.binary()) if context else None
+    sealed = service.encrypt_column(column, subjects=names, contexts=contexts, threads=threads)
+    sealed.validate(full=True)
+    assert list(map(len, sealed.chunks)) == list(map(len, column.chunks))
+    opened = service.decrypt_column(sealed, contexts=contexts, threads=threads)
+    assert opened.to_pylist() == column.to_pylist()
+
+
+# ---- subjects --------------------------------------------------------------------------------------------
+
+
+def test_a_subject_a_row(core: openkcm.Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns_module, "RING", 300)
+    monkeypatch.setattr(columns_module, "MAX_KEYS_PER_CALL", 100)
+    service = other(core)
+    names = [f"user-{at * 7919 % 1000}" for at in range(5000)]
+    column = pa.array([None if at % 11 == 0 else b"%d" % at for at in range(5000)], pa.binary())
+    for subjects in (pa.array(names), pa.array(names).dictionary_encode()):
+        sealed = service.encrypt_column(column, subjects=subjects, threads=2)
+        assert service.decrypt_column(sealed, threads=2).equals(column)
+        ids = {name: set() for name in names}  # type: dict[str, set[bytes]]
+        for name, cell in zip(names, sealed.to_pylist(), strict=True):
+            if cell is not None:
+                ids[name].add(cell[24:40])
+        assert all(len(found) == 1 for found in ids.values())
+        assert len(set.union(*ids.values())) == 1000
+    assert service.shred("user-5")
+    opened, reasons = service.decrypt_column(sealed, errors="null")
+    for name, row, was, reason in zip(
+        names, opened.to_pylist(), column.to_pylist(), reasons.to_pylist(), strict=True
+    ):
+        gone = name == "user-5" and was is not None
+        assert reason == ("key_destroyed" if gone else None)
+        assert row == (None if gone else was)
+    error = refused(lambda: service.decrypt_column(sealed), KeyDestroyed)
+    assert names[error.index] == "user-5"  # type: ignore[attr-defined]
+
+
+def test_null_rows_need_no_subject(service: ServiceHandle) -> None:
+    sealed = service.encrypt_column(pa.array([b"a", None]), subjects=pa.array(["ann", None]))
+    assert service.decrypt_column(sealed).to_pylist() == [b"a", None]
+
+
+@pytest.mark.parametrize(
+    ("subjects", "kind"),
+    [
+        (["ann", None], InvalidInput),
+        (["ann", ""], InvalidInput),
+        (["ann", "a" * 1025], LimitExceeded),
+        ([b"ann", b"\xff"], InvalidInput),
+    ],
+)
+def test_bad_subjects_are_named(service: ServiceHandle, subjects: list[Any], kind: type[Exception]) -> None:
+    out = bytearray(b"\xaa" * 500)
+    rows = pa.array([b"x", b"y"])
+    error = refused(lambda: service.encrypt_column(rows, subjects=pa.array(subjects), out=out), kind)
+    assert error.index == 1  # type: ignore[attr-defined]
+    assert out == b"\xaa" * 500
+
+
+# ---- mixed and bad envelopes -------------------------------------------------------------------------------
+
+
+def mixed(core: openkcm.Core, service: ServiceHandle) -> tuple[list[bytes], list[bytes]]:
+    """Envelopes of both kinds and three service key versions, each record its own."""
+    blobs: list[bytes] = []
+    for turn in range(3):
+        records = [b"%d-%d" % (turn, at) for at in range(600)]
+        blobs += service.encrypt_many(records[:200])
+        blobs += service.encrypt_many(
+            records[200:400], subjects=[f"user-{turn}-{at % 9}" for at in range(200)]
+        )
+        blobs += service.encrypt_many(records[400:], subject="everybody")
+        core.rotate_service("acme", "records")
+    order = sorted(range(len(blobs)), key=lambda at: at * 7919 % len(blobs))
+    rows = [b"%d-%d" % (at // 600, at % 600) for at in order]
+    return [blobs[at] for at in order], rows
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_any_mix_that_lists_take(core: openkcm.Core, threads: int) -> None:
+    service = other(core)
+    blobs, rows = mixed(core, service)
+    assert service.decrypt_many(blobs) == rows
+    assert service.decrypt_column(pa.array(blobs), threads=threads).to_pylist() == rows
+
+
+def spoil(service: ServiceHandle, blobs: list[bytes], stranger: bytes) -> dict[int, tuple[bytes, str]]:
+    """A bad envelope of each kind, and the reason that is given for it."""
+    flipped = bytearray(blobs[70])
+    flipped[-1] ^= 1
+    key = bytearray(blobs[71])
+    key[30] ^= 1
+    version = bytearray(blobs[72])
+    version[20:24] = bytes(4) if version[5] == 1 else b"\0\0\0\1"
+    return {
+        5: (b"", "format"),
+        6: (b"not an envelope at all, but long enough to be one" * 9, "format"),
+        7: (blobs[7][:99], "format"),
+        8: (stranger, "decrypt"),
+        70: (bytes(flipped), "decrypt"),
+        71: (bytes(key), "decrypt"),
+        72: (bytes(version), "format"),
+    }
+
+
+def test_bad_rows_come_out_null_with_a_reason(core: openkcm.Core) -> None:
+    service = other(core)
+    core.create_service("acme", "others")
+    stranger = openkcm.Gateway(core).service("acme", "others").encrypt(b"theirs")
+    blobs, rows = mixed(core, service)
+    bad = spoil(service, blobs, stranger)
+    spoilt = [bad[at][0] if at in bad else blob for at, blob in enumerate(blobs)]
+    listed = service.decrypt_many(spoilt, errors="return")
+    for threads in (1, 2):
+        opened, reasons = service.decrypt_column(pa.array(spoilt), errors="null", threads=threads)
+        opened.validate(full=True)
+        assert opened.null_count == len(bad) == len(rows) - reasons.null_count
+        for at, (row, reason) in enumerate(zip(opened.to_pylist(), reasons.to_pylist(), strict=True)):
+            assert row == (None if at in bad else rows[at])
+            assert reason == (bad[at][1] if at in bad else None)
+            if at in bad:
+                assert listed[at].code == reason
+    for at, (blob, code) in bad.items():
+        one = [*blobs[:at], blob, *blobs[at + 1 :]]
+        with pytest.raises(openkcm.OpenKCMError) as caught:
+            service.decrypt_column(pa.array(one), threads=2)
+        assert (caught.value.code, caught.value.index) == (code, at)
+
+
+def test_what_did_not_verify_leaves_nothing_behind(service: ServiceHandle) -> None:
+    sealed = service.encrypt_column(pa.array([b"s" * 3000, b"t" * 30]), context=b"right").to_pylist()
+    out = bytearray(b"\xaa" * 4000)
+    refused(lambda: service.decrypt_column(pa.array(sealed), context=b"wrong", out=out), DecryptError)
+    assert out == bytes(3030) + b"\xaa" * 970
+    column, _ = service.decrypt_column(
+        pa.array([*sealed, service.encrypt(b"u", context=b"wrong")]), context=b"wrong", out=out, errors="null"
+    )
+    assert column.to_pylist() == [None, None, b"u"]
+    assert out[:3031] == bytes(3030) + b"u"
+
+
+def test_text_is_checked(service: ServiceHandle) -> None:
+    rows = [b"ok", b"\xff", None, "ü".encode(), b"\xed\xa0\x80", b"12345678\x80", b"\xf4\x90\x80\x80"]
+    bad = [1, 4, 5, 6]
+    sealed = service.encrypt_column(pa.array(rows, pa.binary()))
+    error = refused(lambda: service.decrypt_column(sealed, text=True), InvalidInput)
+    assert error.index == 1  # type: ignore[attr-defined]
+    column, reasons = service.decrypt_column(sealed, text=True, errors="null")
+    column.validate(full=True)
+    assert column.to_pylist() == ["ok", None, None, "ü", None, None, None]
+    assert [at for at, reason in enumerate(reasons.to_pylist()) if reason] == bad
+
+
+@PLAIN
+@given(rows=st.lists(st.binary(max_size=12), min_size=1, max_size=20))
+def test_text_is_what_python_says_it_is(service: ServiceHandle, rows: list[bytes]) -> None:
+    column, _ = service.decrypt_column(service.encrypt_column(pa.array(rows)), text=True, errors="null")
+    for row, text in zip(rows, column.to_pylist(), strict=True):
+        try:
+            assert text == row.decode()
+        except UnicodeDecodeError:
+            assert text is None
+
+
+# ---- results -----------------------------------------------------------------------------------------------
+
+
+def test_a_column_is_a_sequence_of_rows(service: ServiceHandle) -> None:
+    column = service.decrypt_column(service.encrypt_column(Capsule(pa.array([b"a", None, b"ccc"]))))
+    assert isinstance(column, Column)
+    assert (len(column), column.null_count, column[-1], column[1]) == (3, 1, b"ccc", None)
+    assert column[:2] == [b"a", None]
+    assert column.nbytes == 4 * 4 + 4 + 1
+    assert repr(column) == "<Column binary rows=3 nulls=1>"
+    for index in (3, -4):
+        with pytest.raises(IndexError):
+            column[index]
+    assert pa.array(column).to_pylist() == [b"a", None, b"ccc"]
+    assert pl.Series(column).to_list() == [b"a", None, b"ccc"]
+    assert pa.field(column).type == pa.binary()
+
+
+def test_an_exported_column_outlives_it(service: ServiceHandle) -> None:
+    exported = pa.array(service.encrypt_column(Capsule(pa.array([b"x" * 1000] * 1000))))
+    assert service.decrypt_column(exported).to_pylist() == [b"x" * 1000] * 1000
+    unused = service.encrypt_column(np.arange(3)).__arrow_c_array__()
+    del unused
+
+
+def test_out_is_used_again(service: ServiceHandle) -> None:
+    rows = pa.array([b"r" * 64] * 1000)
+    out = np.zeros(1000 * (64 + INLINE_OVERHEAD), np.uint8)
+    for _ in range(2):
+        sealed = service.encrypt_column(rows, out=out)
+        assert sealed.buffers()[2].address == out.ctypes.data
+        back = bytearray(64_000)
+        assert service.decrypt_column(sealed, out=back).equals(rows)
+        assert back == b"r" * 64_000
+
+
+# ---- a tenant that goes dark --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["each", "subjects", "decrypt", "decrypt subjects"])
+def test_a_kill_stops_a_column(core: openkcm.Core, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    service = other(core)
+    rows = pa.array([b"x"] * 5000)
+    names = pa.array([f"user-{at % 50}" for at in range(5000)])
+    out = bytearray(5000 * 157)
+    each, named = service.encrypt_column(rows), service.encrypt_column(rows, subjects=names)
+    calls = []
+
+    def kill_in_the_middle(start: int) -> None:
+        calls.append(start)
+        if len(calls) == 2:
+            core.kill("acme")
+
+    def watched(call: Callable[..., Any], at: int) -> Callable[..., Any]:
+        def wrapper(*arguments: Any) -> Any:
+            kill_in_the_middle(arguments[at])
+            return call(*arguments)
+
+        return wrapper
+
+    for name in ("seal_rows", "seal_named", "open_rows", "open_named"):
+        monkeypatch.setattr(openkcm.crypto, name, watched(getattr(openkcm.crypto, name), 4))
+    work = {
+        "each": lambda: service.encrypt_column(rows, out=out),
+        "subjects": lambda: service.encrypt_column(rows, subjects=names, out=out),
+        "decrypt": lambda: service.decrypt_column(each, out=out),
+        "decrypt subjects": lambda: service.decrypt_column(named, out=out),
+    }[what]
+    refused(work, TenantDark)
+    assert len(calls) == 2
+    assert out == bytes(len(out))
+
+
+def test_threads_of_many_callers(service: ServiceHandle) -> None:
+    column = pa.array(ROWS, pa.binary())
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(3):
+                assert service.decrypt_column(service.encrypt_column(column, threads=2), threads=2).equals(
+                    column
+                )
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
