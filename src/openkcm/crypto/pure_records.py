@@ -231,7 +231,7 @@ class RecordCipher:
 
     def place(self, blob: Any) -> bytes | None:
         """The version and the middle of one record, side by side; None if it is not exact bytes of this layout."""
-        if type(blob) is not bytes or len(blob) < self._overhead or not blob.startswith(self._head):
+        if type(blob) is not bytes or len(blob) < self.overhead or not blob.startswith(self._head):
             return None
         return blob[len(self._head) : self._nonce]
 
