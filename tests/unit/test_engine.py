@@ -141,25 +141,130 @@ def test_a_wish_that_cannot_be_met_stops_the_import(settings: dict[str, str], sa
     assert said in done.stderr
 
 
-def test_a_library_that_computes_something_else_is_not_used(tmp_path: Path) -> None:
-    """A libIPSec_MB with one function that does nothing: the comparison with EVP finds it, and EVP is used."""
-    needs_ipsec_mb()
+# ---- libraries that are not what they seem ---------------------------------------------------------------
+
+NAMES = [
+    f"aes_gcm_{name}_{suffix}"
+    for suffix in ("avx_gen4", "vaes_avx512")
+    for name in ("pre_256", "init_256", *(f"{way}_256{part}" for way in ("enc", "dec") for part in PARTS))
+]
+VERSION = 'const char *imb_get_version_str(void) { return "1.9.0"; }\n'
+FEATURES = "unsigned long imb_get_feature_flags(void) { return %s; }\n"
+FORWARD = """
+#include <dlfcn.h>
+#include <stdint.h>
+#include <string.h>
+typedef uintptr_t word;
+typedef void (*function)(word, word, word, word, word, word, word, word, word, word);
+static function found(const char *name)
+{
+    static void *library;
+    if (library == NULL)
+        library = dlopen("%s", RTLD_NOW | RTLD_LOCAL);
+    return (function)dlsym(library, name);
+}
+"""
+ONE = """
+void %(name)s(word a, word b, word c, word d, word e, word f, word g, word h, word i, word j)
+{
+    static function real;
+    if (real == NULL)
+        real = found("%(name)s");
+    real(a, b, c, d, e, f, g, h, i, j);
+    %(more)s
+}
+"""
+
+
+def false_library(folder: Path, source: str) -> str:
+    """A folder with a libIPSec_MB.so.1 made of this C."""
     cc = shutil.which("cc")
     assert cc is not None
-
-    names = [
-        f"aes_gcm_{name}_{suffix}"
-        for suffix in ("avx_gen4", "vaes_avx512")
-        for name in ("pre_256", "init_256", *(f"{way}_256{part}" for way in ("enc", "dec") for part in PARTS))
-    ]
-    source = "".join(f"void {name}(void) {{}}\n" for name in names)
-    source += 'const char *imb_get_version_str(void) { return "1.3.0"; }\n'
-    (tmp_path / "false.c").write_text(source)
-    library = tmp_path / "libIPSec_MB.so.1"
-    subprocess.run([cc, "-shared", "-fPIC", "-o", str(library), str(tmp_path / "false.c")], check=True)
-    found = info(LD_LIBRARY_PATH=str(tmp_path))
-    assert (found["engine"], found["engine_reason"]) == ("EVP", "this libIPSec_MB disagrees with OpenSSL")
-    done = run_python(
-        "import openkcm.crypto", check=False, LD_LIBRARY_PATH=str(tmp_path), OPENKCM_AES="ipsec-mb"
+    (folder / "false.c").write_text(source)
+    subprocess.run(
+        [cc, "-shared", "-fPIC", "-o", str(folder / "libIPSec_MB.so.1"), str(folder / "false.c"), "-ldl"],
+        check=True,
     )
+    return str(folder)
+
+
+def forwarding(key_bytes: int, features: str = "~0ul") -> str:
+    """C that does what the real library does, and keeps as much of a key as another release would."""
+    real = run_python(
+        "import ctypes; ctypes.CDLL('libIPSec_MB.so.1')\n"
+        "print({line.split()[-1] for line in open('/proc/self/maps') if 'libIPSec_MB' in line}.pop())"
+    ).stdout.strip()
+    more = f"memset((char *)b + 1008, 0xc3, {key_bytes - 1008});"
+    return (
+        FORWARD % real
+        + "".join(ONE % {"name": name, "more": more if "_pre_" in name else ""} for name in NAMES)
+        + VERSION
+        + FEATURES % features
+    )
+
+
+def test_a_library_that_computes_something_else_is_not_used(tmp_path: Path) -> None:
+    """A libIPSec_MB whose functions do nothing: the comparison with EVP finds it, and EVP is used."""
+    needs_ipsec_mb()
+    source = "".join(f"void {name}(void) {{}}\n" for name in NAMES) + VERSION + FEATURES % "~0ul"
+    folder = false_library(tmp_path, source)
+    found = info(LD_LIBRARY_PATH=folder)
+    assert (found["engine"], found["engine_reason"]) == ("EVP", "this libIPSec_MB disagrees with OpenSSL")
+    done = run_python("import openkcm.crypto", check=False, LD_LIBRARY_PATH=folder, OPENKCM_AES="ipsec-mb")
     assert "disagrees with OpenSSL" in done.stderr
+
+
+@pytest.mark.parametrize("key_bytes", [1008, 1264, 2288, 2304])
+def test_releases_that_keep_more_of_a_key_have_room_for_it(key_bytes: int, tmp_path: Path) -> None:
+    """1.4 writes 1,264 bytes where 1.3 writes 1,008, under the same library name."""
+    needs_ipsec_mb()
+    folder = false_library(tmp_path, forwarding(key_bytes))
+    done = run_python(SEAL, LD_LIBRARY_PATH=folder, OPENKCM_AES="ipsec-mb").stdout.split()
+    assert done[:2] == ["intel-ipsec-mb", "1.9.0"]
+    assert done[-1] == run_python(SEAL, OPENKCM_AES="evp").stdout.split()[-1]
+
+
+@pytest.mark.parametrize("key_bytes", [2305, 8000])
+def test_a_release_that_needs_more_room_still_is_not_used(key_bytes: int, tmp_path: Path) -> None:
+    needs_ipsec_mb()
+    found = info(LD_LIBRARY_PATH=false_library(tmp_path, forwarding(key_bytes)))
+    assert found["engine"] == "EVP"
+    assert "more room" in str(found["engine_reason"])
+
+
+def test_a_library_built_to_leave_keys_behind_is_not_used(tmp_path: Path) -> None:
+    needs_ipsec_mb()
+    found = info(LD_LIBRARY_PATH=false_library(tmp_path, forwarding(1008, features="~0ul & ~(1ul << 14)")))
+    assert found["engine"] == "EVP"
+    assert "SAFE_DATA" in str(found["engine_reason"])
+
+
+# ---- a validated OpenSSL ---------------------------------------------------------------------------------
+
+
+def test_who_names_a_libcrypto_gets_aes_from_it(tmp_path: Path) -> None:
+    """A validated copy that draws the keys while another library does the cipher would be of little use."""
+    copy = tmp_path / "libcrypto-validated.so"
+    shutil.copyfile(str(info()["openssl_file"]), copy)
+    found = info(OPENKCM_LIBCRYPTO=str(copy))
+    assert (found["engine"], found["engine_reason"]) == ("EVP", "OPENKCM_LIBCRYPTO names it")
+    assert found["openssl_file"] == str(copy)
+    if MODERN:
+        found = info(OPENKCM_LIBCRYPTO=str(copy), OPENKCM_AES="ipsec-mb")
+        assert str(found["engine"]).startswith("intel-ipsec-mb")
+        assert found["openssl_file"] == str(copy)
+
+
+def test_an_openssl_that_must_not_do_it_is_not_gone_around(tmp_path: Path) -> None:
+    """Configured for FIPS 140 without a provider for it: neither another engine nor another backend steps in."""
+    settings = tmp_path / "openssl.cnf"
+    settings.write_text(
+        "openssl_conf = init\n[init]\nalg_section = fips\n[fips]\ndefault_properties = fips=yes\n"
+    )
+    for backend in ("", "fast"):
+        done = run_python(
+            "import openkcm.crypto", check=False, OPENSSL_CONF=str(settings), OPENKCM_BACKEND=backend
+        )
+        assert done.returncode != 0
+        assert "BackendUnavailable" in done.stderr
+        assert "as it is configured here" in done.stderr

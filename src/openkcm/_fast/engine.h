@@ -23,12 +23,16 @@
 #include <openssl/evp.h>
 #include <openssl/rand.h>
 
-#ifndef RTLD_DEEPBIND
-#define RTLD_DEEPBIND 0                 /* musl: a library's own symbols are found first if it was linked so */
+/* musl has none, and the address sanitizer refuses it: a library's own symbols are found first if it was linked so. */
+#if !defined(RTLD_DEEPBIND) || defined(__SANITIZE_ADDRESS__)
+#define OKC_OWN_SYMBOLS_FIRST 0
+#else
+#define OKC_OWN_SYMBOLS_FIRST RTLD_DEEPBIND
 #endif
 
 #define OKC_LIBCRYPTO(X)                                                                                      \
     X(OpenSSL_version) X(OpenSSL_version_num)                                                                 \
+    X(OPENSSL_init_crypto) X(EVP_default_properties_is_fips_enabled)                                          \
     X(EVP_CIPHER_fetch) X(EVP_CIPHER_CTX_new) X(EVP_CIPHER_CTX_free) X(EVP_CIPHER_CTX_ctrl)                   \
     X(EVP_CIPHER_CTX_get_params)                                                                              \
     X(EVP_EncryptInit_ex) X(EVP_EncryptUpdate) X(EVP_EncryptFinal_ex)                                         \
@@ -45,7 +49,7 @@ __attribute__((unused)) static const okc_libcrypto okc_linked = { OKC_LIBCRYPTO(
 static inline const char *okc_load_libcrypto(const char *path, okc_libcrypto *table)
 {
     /* Its own symbols first: another libcrypto is in this process already. */
-    void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL | RTLD_DEEPBIND);
+    void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL | OKC_OWN_SYMBOLS_FIRST);
     if (library == NULL)
         return dlerror();
 #define OKC_LOOK_UP(name)                                                                                     \
@@ -67,12 +71,61 @@ static inline const char *okc_libcrypto_file(const okc_libcrypto *table)
     return okc_file_of(*(void **)&table->OpenSSL_version);
 }
 
+/* ---- leaving nothing behind ---------------------------------------------------------------------------- */
+
+/* As OPENSSL_cleanse, which goes eight bytes at a time. */
+static inline void okc_wipe(void *place, size_t size)
+{
+    memset(place, 0, size);
+    __asm__ volatile("" : : "r"(place) : "memory");
+}
+
+/* The stack below the caller: what libcrypto's functions had there. The deepest were 4.3 KiB (OpenSSL 3.0). */
+static __attribute__((noinline, unused)) void okc_wipe_stack(void)
+{
+    uint8_t below[6144];
+    okc_wipe(below, sizeof below);
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define OKC_FOUR_16TO31(a, b, c, d)                                                                           \
+    "vpxorq %%zmm" #a ", %%zmm" #a ", %%zmm" #a "\n\t" "vpxorq %%zmm" #b ", %%zmm" #b ", %%zmm" #b "\n\t"         \
+    "vpxorq %%zmm" #c ", %%zmm" #c ", %%zmm" #c "\n\t" "vpxorq %%zmm" #d ", %%zmm" #d ", %%zmm" #d "\n\t"
+#ifdef __AVX512F__
+#define OKC_UPPER_CLOBBERS , "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24",   \
+    "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31"
+#else
+#define OKC_UPPER_CLOBBERS              /* the compiler does not use them */
+#endif
+#define OKC_CLOBBERS "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10",     \
+    "xmm11", "xmm12", "xmm13", "xmm14", "xmm15"
+#endif
+
+/* The vector registers: OpenSSL 3.0 returns with the hash key in one. `width` is what okc_processor says. */
+static inline void okc_wipe_registers(int width)
+{
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (width >= 2)
+        __asm__ volatile("vzeroall\n\t" OKC_FOUR_16TO31(16, 17, 18, 19) OKC_FOUR_16TO31(20, 21, 22, 23)
+                         OKC_FOUR_16TO31(24, 25, 26, 27) OKC_FOUR_16TO31(28, 29, 30, 31)
+                         : : : OKC_CLOBBERS OKC_UPPER_CLOBBERS);
+    else if (width == 1)
+        __asm__ volatile("vzeroall" : : : OKC_CLOBBERS);
+#else
+    (void)width;
+#endif
+}
+
 /* ---- libIPSec_MB ------------------------------------------------------------------------------------- */
 
-/* struct gcm_key_data (the schedule and up to 48 powers of the hash key: 1,008 bytes) and struct
- * gcm_context_data (88 bytes) of libIPSec_MB.so.1, with room behind each. */
-#define OKC_GCM_KEY_BYTES 1008
-#define OKC_GCM_STATE_BYTES 88
+#define OKC_SAFE_DATA (UINT64_C(1) << 14)  /* IMB_FEATURE_SAFE_DATA: it clears its registers and its stack */
+
+/* Room for struct gcm_key_data, the schedule and powers of the hash key. Its size differs between releases that share the
+ * library's name, and cannot be asked for: 2,288 bytes in the first, 1,008 in 1.3, 1,264 from 1.4 on (intel-ipsec-mb,
+ * issue 116). So it is measured before anything is used, and what needs more room is not used. */
+#define OKC_GCM_KEY_ROOM 2304
+#define OKC_GCM_STATE_ROOM 128          /* struct gcm_context_data has 88 bytes in all of them */
+#define OKC_MEASURED 16384
 
 typedef struct {
     void (*pre)(const void *key, void *expanded);
@@ -85,13 +138,15 @@ typedef struct {
     void (*dec_update)(const void *, void *, uint8_t *, const uint8_t *, uint64_t);
     void (*enc_end)(const void *, void *, uint8_t *, uint64_t);
     void (*dec_end)(const void *, void *, uint8_t *, uint64_t);
+    size_t key_bytes;                   /* what pre writes */
 } okc_method;
 
 /* One cipher of one call on one thread, on its stack. */
 typedef struct {
-    uint8_t key[OKC_GCM_KEY_BYTES + 16] __attribute__((aligned(64)));
-    uint8_t state[OKC_GCM_STATE_BYTES + 40] __attribute__((aligned(64)));
+    uint8_t key[OKC_GCM_KEY_ROOM] __attribute__((aligned(64)));
+    uint8_t state[OKC_GCM_STATE_ROOM] __attribute__((aligned(64)));
     const okc_method *method;           /* of the key that is set; NULL while none is, or with EVP */
+    size_t used;                        /* bytes of key that were written so far */
     EVP_CIPHER_CTX *evp;                /* NULL with libIPSec_MB */
     int encrypt;
     int brief;                          /* each key serves one record */
@@ -117,6 +172,46 @@ static inline int okc_look_up_method(void *library, const char *suffix, okc_meth
             return 0;
     }
     return 1;
+}
+
+/* The end of what differs from a pattern, in a buffer that was filled with it. */
+static inline size_t okc_written(const uint8_t *place, uint8_t pattern)
+{
+    size_t size = OKC_MEASURED;
+    while (size > 0 && place[size - 1] == pattern)
+        size--;
+    return size;
+}
+
+/* Use each function once, with far more room than it needs; whether all stay within a cipher's. */
+static inline int okc_fits(okc_method *method)
+{
+    static uint8_t key[OKC_MEASURED] __attribute__((aligned(64)));
+    static uint8_t state[OKC_MEASURED] __attribute__((aligned(64)));
+    static uint8_t data[1024], output[1024];
+    static const uint8_t patterns[] = {0x5a, 0xa5};     /* what is written may equal one of them */
+    size_t state_bytes = 0;
+    method->key_bytes = 0;
+    for (size_t turn = 0; turn < sizeof patterns; turn++) {
+        size_t size;
+        uint8_t tag[16];
+        memset(key, patterns[turn], sizeof key);
+        memset(state, patterns[turn], sizeof state);
+        method->pre(data, key);
+        method->init(key, state, data, data, 33);
+        method->enc_update(key, state, output, data, 1001);
+        method->enc_end(key, state, tag, sizeof tag);
+        method->init(key, state, data, data, 33);
+        method->dec_update(key, state, output, data, 1001);
+        method->dec_end(key, state, tag, sizeof tag);
+        method->enc(key, state, output, data, 1001, data, data, 33, tag, sizeof tag);
+        method->dec(key, state, output, data, 1001, data, data, 33, tag, sizeof tag);
+        size = okc_written(key, patterns[turn]);
+        method->key_bytes = size > method->key_bytes ? size : method->key_bytes;
+        size = okc_written(state, patterns[turn]);
+        state_bytes = size > state_bytes ? size : state_bytes;
+    }
+    return method->key_bytes <= OKC_GCM_KEY_ROOM && state_bytes <= OKC_GCM_STATE_ROOM;
 }
 
 /* What this processor runs: 2 with VAES and AVX-512 too, 1 with AVX2, else 0. */
@@ -147,15 +242,21 @@ static inline const char *okc_load_ipsec_mb(okc_method *kept, okc_method *brief,
     const int processor = okc_processor();
     void *library;
     const char *(*tell_version)(void);
+    uint64_t (*tell_features)(void);
     if (processor == 0)
         return "this processor has no AVX2 and AES instructions";
     library = dlopen("libIPSec_MB.so.1", RTLD_NOW | RTLD_LOCAL);
     if (library == NULL)
         return "libIPSec_MB.so.1 is not installed";
     *(void **)&tell_version = dlsym(library, "imb_get_version_str");
-    if (tell_version == NULL || !okc_look_up_method(library, "avx_gen4", brief)
+    *(void **)&tell_features = dlsym(library, "imb_get_feature_flags");
+    if (tell_version == NULL || tell_features == NULL || !okc_look_up_method(library, "avx_gen4", brief)
         || !okc_look_up_method(library, processor == 2 ? "vaes_avx512" : "avx_gen4", kept))
-        return "this libIPSec_MB does not offer its AES-GCM by name";
+        return "this libIPSec_MB does not offer its AES-GCM and its features by name";
+    if (!(tell_features() & OKC_SAFE_DATA))
+        return "this libIPSec_MB was built to leave keys in registers and on the stack (without SAFE_DATA)";
+    if (!okc_fits(kept) || !okc_fits(brief))
+        return "this libIPSec_MB needs more room for a key than is known of any release";
     *version = tell_version();
     return NULL;
 }

@@ -17,11 +17,13 @@ cdef extern from "engine.h" nogil:
         void dec_update(const void *key, void *state, uint8_t *output, const uint8_t *data, uint64_t size) noexcept nogil
         void enc_end(const void *key, void *state, uint8_t *tag, uint64_t tag_size) noexcept nogil
         void dec_end(const void *key, void *state, uint8_t *tag, uint64_t tag_size) noexcept nogil
+        size_t key_bytes
 
     ctypedef struct Gcm "okc_gcm":
         uint8_t *key
         uint8_t *state
         const Method *method
+        size_t used
         EVP_CIPHER_CTX *evp
         bint encrypt
         bint brief                  # each key serves one record

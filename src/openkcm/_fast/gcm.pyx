@@ -15,6 +15,8 @@ from .openssl cimport *
 cdef extern from "engine.h" nogil:
     ctypedef struct Libcrypto "okc_libcrypto":
         const char *OpenSSL_version(int kind) noexcept nogil
+        int OPENSSL_init_crypto(uint64_t options, const void *settings) noexcept nogil
+        int EVP_default_properties_is_fips_enabled(void *library) noexcept nogil
         EVP_CIPHER *EVP_CIPHER_fetch(void *library, const char *name, const char *properties) noexcept nogil
         EVP_CIPHER_CTX *EVP_CIPHER_CTX_new() noexcept nogil
         void EVP_CIPHER_CTX_free(EVP_CIPHER_CTX *context) noexcept nogil
@@ -34,8 +36,10 @@ cdef extern from "engine.h" nogil:
         int RAND_priv_bytes(unsigned char *output, int size) noexcept nogil
 
     const Libcrypto okc_linked
-    int OKC_GCM_KEY_BYTES
-    int OKC_GCM_STATE_BYTES
+    size_t OKC_GCM_STATE_ROOM
+    void okc_wipe(void *place, size_t size)
+    void okc_wipe_stack()
+    void okc_wipe_registers(int width)
     const char *okc_load_libcrypto(const char *path, Libcrypto *table)
     const char *okc_libcrypto_file(const Libcrypto *table)
     const char *okc_load_ipsec_mb(Method *kept, Method *brief, const char **version)
@@ -50,6 +54,7 @@ cdef EVP_CIPHER *aes_256_gcm = NULL
 cdef Method kept_method
 cdef Method brief_method
 cdef bint wide = False              # libIPSec_MB is in use
+cdef int processor = okc_processor()
 cdef object chosen = None
 
 
@@ -59,6 +64,7 @@ cdef int gcm_begin(Gcm *cipher, bint encrypt, bint brief) noexcept nogil:
     """Make a cipher with no key yet; -1 when memory is short. To be ended in either case."""
     cdef int status
     cipher.method = NULL
+    cipher.used = 0
     cipher.evp = NULL
     cipher.encrypt = encrypt
     cipher.brief = brief
@@ -75,22 +81,32 @@ cdef int gcm_begin(Gcm *cipher, bint encrypt, bint brief) noexcept nogil:
 
 
 cdef void gcm_end(Gcm *cipher) noexcept nogil:
-    """Cleanse the schedule and what is left of the last record."""
+    """Cleanse the schedule and what is left of the last record, here and where the engine worked."""
     if cipher.method != NULL:
-        OPENSSL_cleanse(cipher.key, <size_t>OKC_GCM_KEY_BYTES)
-        OPENSSL_cleanse(cipher.state, <size_t>OKC_GCM_STATE_BYTES)
+        okc_wipe(cipher.key, cipher.used)
+        okc_wipe(cipher.state, OKC_GCM_STATE_ROOM)
         cipher.method = NULL
     if cipher.evp != NULL:
         lib.EVP_CIPHER_CTX_free(cipher.evp)
         cipher.evp = NULL
+        okc_wipe_stack()            # libIPSec_MB does so itself, and is not used if it does not
+    okc_wipe_registers(processor)
 
 
 cdef inline bint set_key(Gcm *cipher, const uint8_t *key, bint brief) noexcept nogil:
     """Whether a key is set now."""
     if key != NULL:
         cipher.method = &brief_method if brief else &kept_method
+        cipher.used = cipher.method.key_bytes if cipher.method.key_bytes > cipher.used else cipher.used
         cipher.method.pre(key, cipher.key)
     return cipher.method != NULL
+
+
+cdef inline void spoil(uint8_t *computed, const uint8_t *tag) noexcept nogil:
+    """libIPSec_MB has no status: what it refuses to do must not look like a tag that verified."""
+    cdef int at
+    for at in range(TAG):
+        computed[at] = tag[at] ^ 0xFF
 
 
 cdef int gcm_seal(Gcm *cipher, const uint8_t *key, const uint8_t *nonce, const uint8_t *aad, int aad_size,
@@ -112,6 +128,7 @@ cdef int gcm_open(Gcm *cipher, const uint8_t *key, const uint8_t *nonce, const u
     if cipher.evp == NULL:
         if not set_key(cipher, key, cipher.brief and size <= BRIEF_BYTES):
             return -1
+        spoil(computed, tag)
         cipher.method.dec(cipher.key, cipher.state, output, data, <uint64_t>size, nonce, aad,
                           <uint64_t>aad_size, computed, TAG)
         return 1 if CRYPTO_memcmp(computed, tag, TAG) == 0 else 0
@@ -174,6 +191,7 @@ cdef int gcm_open_end(Gcm *cipher, const uint8_t *tag) noexcept nogil:
     cdef int written
     cdef uint8_t computed[TAG]
     if cipher.evp == NULL:
+        spoil(computed, tag)
         cipher.method.dec_end(cipher.key, cipher.state, computed, TAG)
         return 1 if CRYPTO_memcmp(computed, tag, TAG) == 0 else 0
     if lib.EVP_CIPHER_CTX_ctrl(cipher.evp, EVP_CTRL_AEAD_SET_TAG, TAG, <void *>tag) != 1:
@@ -195,7 +213,8 @@ def choose(str engine, str libcrypto):
     """Choose what does AES-256-GCM: once, before any key exists.
 
     Args:
-        engine: "evp", "ipsec-mb", or nothing: the second where it can be used, else the first.
+        engine: "evp", "ipsec-mb", or nothing: the second where it can be used, else the first. Who names a libcrypto,
+            or has OpenSSL keep to FIPS 140, wants AES done by that one: there nothing means "evp".
         libcrypto: the path of the libcrypto.so.3 to use instead of the one that is linked, or nothing.
 
     Returns:
@@ -203,8 +222,7 @@ def choose(str engine, str libcrypto):
         the processor has VAES and AVX-512, which OpenSSL uses from 3.2 on).
 
     Raises:
-        ValueError: what was asked for cannot be had.
-        ImportError: OpenSSL does not compute AES-256-GCM.
+        ValueError: what was asked for cannot be had, or OpenSSL does not compute AES-256-GCM.
     """
     global wide, chosen
     cdef const char *problem
@@ -215,6 +233,10 @@ def choose(str engine, str libcrypto):
     use_libcrypto(libcrypto)
     if engine == "evp":
         why = "OPENKCM_AES asks for it"
+    elif not engine and libcrypto:
+        why = "OPENKCM_LIBCRYPTO names it"
+    elif not engine and lib.EVP_default_properties_is_fips_enabled(NULL) == 1:
+        why = "OpenSSL's configuration asks for FIPS 140"
     else:
         problem = okc_load_ipsec_mb(&kept_method, &brief_method, &version)
         why = None if problem == NULL else problem.decode()
@@ -229,7 +251,7 @@ def choose(str engine, str libcrypto):
         "why": "it agrees with OpenSSL, and is the fastest here" if wide else why,
         "openssl": lib.OpenSSL_version(OPENSSL_VERSION).decode(),
         "file": (okc_libcrypto_file(&lib) or b"").decode(),
-        "modern": okc_processor() == 2,
+        "modern": processor == 2,
     }
     return chosen
 
@@ -243,11 +265,14 @@ cdef int use_libcrypto(str path) except -1:
         if problem != NULL:
             raise ValueError(f"OPENKCM_LIBCRYPTO names a library that cannot be used: {problem.decode()}")
         lib = pinned
+    # Before the first fetch, which would read the configuration only after looking at the default properties.
+    if lib.OPENSSL_init_crypto(OPENSSL_INIT_LOAD_CONFIG, NULL) != 1:
+        raise ValueError("OpenSSL cannot be initialised with its configuration (OPENSSL_CONF)")
     aes_256_gcm = lib.EVP_CIPHER_fetch(NULL, b"AES-256-GCM", NULL)
     if aes_256_gcm == NULL:
-        raise ImportError("this OpenSSL offers no AES-256-GCM")
+        raise ValueError("OpenSSL offers no AES-256-GCM as it is configured here")
     if not knows_the_vector():
-        raise ImportError("this OpenSSL does not compute AES-256-GCM")
+        raise ValueError("this OpenSSL does not compute AES-256-GCM")
     return 0
 
 

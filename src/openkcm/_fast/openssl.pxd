@@ -28,3 +28,4 @@ cdef extern from "openssl/crypto.h" nogil:
     int CRYPTO_memcmp(const void *first, const void *second, size_t size)
     enum:
         OPENSSL_VERSION
+        OPENSSL_INIT_LOAD_CONFIG

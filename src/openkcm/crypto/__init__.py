@@ -103,23 +103,21 @@ __all__ = [
 
 _COMMON: Final = ("CODES", "FIXED", "NOTHING", "OFFSETS", "VIEWS", "Part", "backend_info")
 """What does not come from a backend."""
+_FAST_MODULES: Final = (
+    *("secret", "wrapping", "aead", "rows", "stream"),
+    *("cells", "places", "table", "ring", "run", "column", "arrow"),
+)
 _PRIVATE: Final = ("native_info", "_gcm_open", "_gcm_seal", "_xaes_open", "_xaes_seal")
 
 
 def _load_fast() -> dict[str, Any]:
-    gcm, secret, wrapping, *others = (
-        import_module(f"openkcm._fast.{name}")
-        for name in (
-            "gcm",
-            "secret",
-            "wrapping",
-            *("aead", "rows", "stream", "cells", "places", "table", "ring", "run", "column", "arrow"),
-        )
-    )
+    gcm = import_module("openkcm._fast.gcm")
     try:
+        # First: an OpenSSL that must not do AES here is a reason to stop, not to take the other backend.
         engine = gcm.choose(_aes_wanted(), os.environ.get("OPENKCM_LIBCRYPTO", ""))
     except ValueError as error:
         raise BackendUnavailable(str(error)) from None
+    secret, wrapping, *others = (import_module(f"openkcm._fast.{name}") for name in _FAST_MODULES)
     secret.install_errors(
         invalid=InvalidInput,
         limit=LimitExceeded,
