@@ -246,8 +246,10 @@ static inline const char *okc_load_ipsec_mb(okc_method *kept, okc_method *brief,
     if (processor == 0)
         return "this processor has no AVX2 and AES instructions";
     library = dlopen("libIPSec_MB.so.1", RTLD_NOW | RTLD_LOCAL);
-    if (library == NULL)
-        return "libIPSec_MB.so.1 is not installed";
+    if (library == NULL) {
+        const char *problem = dlerror();
+        return problem == NULL || strstr(problem, "No such file") != NULL ? "libIPSec_MB.so.1 is not installed" : problem;
+    }
     *(void **)&tell_version = dlsym(library, "imb_get_version_str");
     *(void **)&tell_features = dlsym(library, "imb_get_feature_flags");
     if (tell_version == NULL || tell_features == NULL || !okc_look_up_method(library, "avx_gen4", brief)
