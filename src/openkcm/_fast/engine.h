@@ -91,6 +91,9 @@ static __attribute__((noinline, unused)) void okc_wipe_stack(void)
 #define OKC_FOUR_16TO31(a, b, c, d)                                                                           \
     "vpxorq %%zmm" #a ", %%zmm" #a ", %%zmm" #a "\n\t" "vpxorq %%zmm" #b ", %%zmm" #b ", %%zmm" #b "\n\t"         \
     "vpxorq %%zmm" #c ", %%zmm" #c ", %%zmm" #c "\n\t" "vpxorq %%zmm" #d ", %%zmm" #d ", %%zmm" #d "\n\t"
+#define OKC_FOUR_SSE(a, b, c, d)                                                                              \
+    "pxor %%xmm" #a ", %%xmm" #a "\n\t" "pxor %%xmm" #b ", %%xmm" #b "\n\t"                                     \
+    "pxor %%xmm" #c ", %%xmm" #c "\n\t" "pxor %%xmm" #d ", %%xmm" #d "\n\t"
 #ifdef __AVX512F__
 #define OKC_UPPER_CLOBBERS , "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24",   \
     "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31"
@@ -101,18 +104,31 @@ static __attribute__((noinline, unused)) void okc_wipe_stack(void)
     "xmm11", "xmm12", "xmm13", "xmm14", "xmm15"
 #endif
 
-/* The vector registers: OpenSSL 3.0 returns with the hash key in one. `width` is what okc_processor says. */
-static inline void okc_wipe_registers(int width)
+/* Which vector registers there are: 2 with AVX-512, 1 with AVX, else 0. */
+static inline int okc_vectors(void)
 {
-#if defined(__x86_64__) && defined(__GNUC__)
-    if (width >= 2)
+#ifdef OKC_CLOBBERS
+    return __builtin_cpu_supports("avx512f") ? 2 : __builtin_cpu_supports("avx") ? 1 : 0;
+#else
+    return 0;
+#endif
+}
+
+/* Clear the vector registers: OpenSSL 3.0 returns with the hash key in one. `vectors` is what okc_vectors says. */
+static inline void okc_wipe_registers(int vectors)
+{
+#ifdef OKC_CLOBBERS
+    if (vectors == 2)
         __asm__ volatile("vzeroall\n\t" OKC_FOUR_16TO31(16, 17, 18, 19) OKC_FOUR_16TO31(20, 21, 22, 23)
                          OKC_FOUR_16TO31(24, 25, 26, 27) OKC_FOUR_16TO31(28, 29, 30, 31)
                          : : : OKC_CLOBBERS OKC_UPPER_CLOBBERS);
-    else if (width == 1)
+    else if (vectors == 1)
         __asm__ volatile("vzeroall" : : : OKC_CLOBBERS);
+    else
+        __asm__ volatile(OKC_FOUR_SSE(0, 1, 2, 3) OKC_FOUR_SSE(4, 5, 6, 7) OKC_FOUR_SSE(8, 9, 10, 11)
+                         OKC_FOUR_SSE(12, 13, 14, 15) : : : OKC_CLOBBERS);
 #else
-    (void)width;
+    (void)vectors;
 #endif
 }
 

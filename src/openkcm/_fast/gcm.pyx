@@ -39,7 +39,8 @@ cdef extern from "engine.h" nogil:
     size_t OKC_GCM_STATE_ROOM
     void okc_wipe(void *place, size_t size)
     void okc_wipe_stack()
-    void okc_wipe_registers(int width)
+    int okc_vectors()
+    void okc_wipe_registers(int vectors)
     const char *okc_load_libcrypto(const char *path, Libcrypto *table)
     const char *okc_libcrypto_file(const Libcrypto *table)
     const char *okc_load_ipsec_mb(Method *kept, Method *brief, const char **version)
@@ -54,7 +55,7 @@ cdef EVP_CIPHER *aes_256_gcm = NULL
 cdef Method kept_method
 cdef Method brief_method
 cdef bint wide = False              # libIPSec_MB is in use
-cdef int processor = okc_processor()
+cdef int vectors = okc_vectors()
 cdef object chosen = None
 
 
@@ -90,7 +91,7 @@ cdef void gcm_end(Gcm *cipher) noexcept nogil:
         lib.EVP_CIPHER_CTX_free(cipher.evp)
         cipher.evp = NULL
         okc_wipe_stack()            # libIPSec_MB does so itself, and is not used if it does not
-    okc_wipe_registers(processor)
+    okc_wipe_registers(vectors)
 
 
 cdef inline bint set_key(Gcm *cipher, const uint8_t *key, bint brief) noexcept nogil:
@@ -251,7 +252,7 @@ def choose(str engine, str libcrypto):
         "why": "it agrees with OpenSSL, and is the fastest here" if wide else why,
         "openssl": lib.OpenSSL_version(OPENSSL_VERSION).decode(),
         "file": (okc_libcrypto_file(&lib) or b"").decode(),
-        "modern": processor == 2,
+        "modern": okc_processor() == 2,
     }
     return chosen
 
