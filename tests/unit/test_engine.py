@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from support import ON_FAST, run_python
+from openkcm import crypto
+from openkcm.errors import LimitExceeded
+from support import ON_FAST, refused, run_python
 
 pytestmark = pytest.mark.skipif(
     not ON_FAST, reason="the Python backend has one engine, that of `cryptography`"
@@ -139,6 +141,28 @@ def test_a_wish_that_cannot_be_met_stops_the_import(settings: dict[str, str], sa
     assert done.returncode != 0
     assert "BackendUnavailable" in done.stderr
     assert said in done.stderr
+
+
+def test_sizes_that_do_not_fit_are_refused_before_they_wrap_round() -> None:
+    """The engines count associated data in an int: 2 GiB and 5 bytes would look like less than none."""
+    keys, parent = crypto.import_keys(bytes(32)), crypto.import_wrapping_key(bytes(32))
+    cipher = crypto.RecordCipher(b"HEAD", 8, True, b"aad")
+    blob, wrapped = cipher.seal_one(keys, 0, 1, bytes(8), b"", b"r"), crypto.wrap_many(parent, keys, b"")
+    huge = bytes(2**31 + 5)  # never written to, so never in memory
+    for call in (
+        lambda: cipher.seal_one(keys, 0, 1, bytes(8), huge, b"r"),
+        lambda: cipher.seal_many(keys, None, 1, bytes(8), huge, [b"r"]),
+        lambda: cipher.seal_many(keys, None, 1, bytes(8), [huge], [b"r"]),
+        lambda: cipher.open_one(keys, 0, huge, blob),
+        lambda: cipher.open_many(keys, None, [huge], [blob], False),
+        lambda: crypto.wrap_many(parent, keys, huge),
+        lambda: crypto.unwrap_many(parent, wrapped, huge),
+        lambda: crypto.wrap_key(parent, parent, huge),
+        lambda: crypto.unwrap_key(parent, wrapped, huge),
+        lambda: crypto.StreamCipher(keys, 0, huge),
+        lambda: cipher.seal_one(keys, 0, 1, bytes(8), b"", huge),
+    ):
+        refused(call, LimitExceeded)
 
 
 # ---- libraries that are not what they seem ---------------------------------------------------------------

@@ -13,7 +13,7 @@ from libc.stdint cimport uint8_t, uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
-from .batch cimport ALONE, Batch, Item, pin
+from .batch cimport ALONE, Batch, Item, bound_size, pin
 from .gcm cimport (
     Gcm, gcm_begin, gcm_end, gcm_open, gcm_open_end, gcm_part, gcm_seal, gcm_seal_end, gcm_start, random_public,
 )
@@ -169,7 +169,7 @@ cdef class RecordCipher:
         output = PyBytes_FromStringAndSize(NULL, item.size + self.overhead())
         item.output = <uint8_t *>PyBytes_AS_STRING(output)
         item.context = <const uint8_t *>PyBytes_AS_STRING(context)
-        item.context_size = <int>PyBytes_GET_SIZE(context)
+        item.context_size = bound_size(context)
         middle = <const uint8_t *>PyBytes_AS_STRING(middles) + position * self.middle_size
         key = keys.enter_at(position)
         if gcm_begin(&cipher, True, True) == DONE and next_nonce(nonce) == 1:
@@ -266,7 +266,7 @@ cdef class RecordCipher:
         output = PyBytes_FromStringAndSize(NULL, item.size - self.overhead())
         item.output = <uint8_t *>PyBytes_AS_STRING(output)
         item.context = <const uint8_t *>PyBytes_AS_STRING(context)
-        item.context_size = <int>PyBytes_GET_SIZE(context)
+        item.context_size = bound_size(context)
         key = keys.enter_at(position)
         if gcm_begin(&cipher, False, True) == DONE:
             if item.size < PARALLEL_BYTES:

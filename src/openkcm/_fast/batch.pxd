@@ -13,6 +13,7 @@ cdef struct Item:
     uint8_t *output
 
 cdef int pin(object thing, const uint8_t **data, Py_ssize_t *size, list held, Py_ssize_t index) except -1
+cdef int bound_size(bytes aad) except -1
 
 cdef class Batch:
     cdef Item *items

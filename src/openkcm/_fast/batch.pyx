@@ -13,7 +13,7 @@ from cpython.ref cimport Py_INCREF
 from libc.stdint cimport uint8_t, uint32_t
 from libc.stdlib cimport calloc, free, malloc
 
-from .secret cimport invalid_error
+from .secret cimport invalid_error, limit_error
 
 cdef enum:
     PARALLEL_ITEMS = 16             # below these two, releasing the GIL costs more than it gives
@@ -23,6 +23,7 @@ cdef enum:
     BYTES_HEAD = 48
     ANCHORS = 8                     # at most 8 MiB kept
     MAX_SORTED = 2147483647
+    MAX_BOUND = 1073741824          # associated data; with what is put before it, its size still fits an int
 
 
 cdef int pin(object thing, const uint8_t **data, Py_ssize_t *size, list held, Py_ssize_t index) except -1:
@@ -41,6 +42,13 @@ cdef int pin(object thing, const uint8_t **data, Py_ssize_t *size, list held, Py
     data[0] = <const uint8_t *>PyMemoryView_GET_BUFFER(view).buf
     size[0] = PyMemoryView_GET_BUFFER(view).len
     return 0
+
+
+cdef int bound_size(bytes aad) except -1:
+    """The size of associated data. Callers limit it to far less: this keeps a larger one from wrapping round."""
+    if PyBytes_GET_SIZE(aad) > MAX_BOUND:
+        raise limit_error()(f"a context has at most {MAX_BOUND} bytes")
+    return <int>PyBytes_GET_SIZE(aad)
 
 
 cdef str _not_bytes(thing):
@@ -81,12 +89,14 @@ cdef class Batch:
     cdef int pin_contexts(self, contexts) except -1:
         cdef Py_ssize_t at
         cdef bytes one
+        cdef int size
         if isinstance(contexts, bytes):
             one = contexts
+            size = bound_size(one)
             self.contexts = one
             for at in range(self.count):
                 self.items[at].context = <const uint8_t *>PyBytes_AS_STRING(one)
-                self.items[at].context_size = <int>PyBytes_GET_SIZE(one)
+                self.items[at].context_size = size
             return 0
         self.contexts = list(contexts)
         if len(self.contexts) != self.count:
@@ -94,7 +104,7 @@ cdef class Batch:
         for at in range(self.count):
             one = <bytes?>self.contexts[at]
             self.items[at].context = <const uint8_t *>PyBytes_AS_STRING(one)
-            self.items[at].context_size = <int>PyBytes_GET_SIZE(one)
+            self.items[at].context_size = bound_size(one)
         return 0
 
     cdef int pin_keys(self, index, Py_ssize_t keys) except -1:

@@ -11,7 +11,7 @@ from libc.stdint cimport uint8_t
 from libc.string cimport memcpy, memset
 
 from .aead cimport BROKEN, DONE, REFUSED
-from .batch cimport ALONE, Item, pin
+from .batch cimport ALONE, Item, bound_size, pin
 from .gcm cimport Gcm, gcm_begin, gcm_end, gcm_open_end, gcm_part, gcm_seal_end, gcm_start, random_public
 from .openssl cimport *
 from .secret cimport *
@@ -55,7 +55,7 @@ cdef class StreamCipher:
             memcpy(self.start, &given[0], PREFIX)
         self.aad = aad
         self.aad_data = <const uint8_t *>PyBytes_AS_STRING(aad)
-        self.aad_size = <int>PyBytes_GET_SIZE(aad)
+        self.aad_size = bound_size(aad)
         self.subkey = new_keys(1)
         parent = new_wrapping_key()
         key = keys.enter_at(position)

@@ -15,6 +15,7 @@ from libc.stdint cimport uint8_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
+from .batch cimport bound_size
 from .gcm cimport Gcm, gcm_begin, gcm_end, gcm_open, gcm_seal, random_private, random_public
 from .openssl cimport *
 from .secret cimport *
@@ -141,7 +142,7 @@ def wrap_many(WrappingKey parent not None, SecretKeys keys not None, bytes aad n
     cdef uint8_t *target = <uint8_t *>PyBytes_AS_STRING(output)
     cdef const uint8_t *bound = <const uint8_t *>PyBytes_AS_STRING(aad)
     cdef const uint8_t *names = <const uint8_t *>PyBytes_AS_STRING(ids)
-    cdef int aad_size = <int>PyBytes_GET_SIZE(aad)
+    cdef int aad_size = bound_size(aad)
     cdef int id_size = KEY_ID if PyBytes_GET_SIZE(ids) else 0
     cdef uint8_t *schedule = parent.enter()
     cdef uint8_t *data
@@ -164,7 +165,7 @@ cdef Py_ssize_t unwrap_into(WrappingKey parent, bytes wrapped, bytes aad, bytes 
     cdef const uint8_t *bound = <const uint8_t *>PyBytes_AS_STRING(aad)
     cdef const uint8_t *names = <const uint8_t *>PyBytes_AS_STRING(ids)
     cdef uint8_t[::1] marks = failed
-    cdef int aad_size = <int>PyBytes_GET_SIZE(aad)
+    cdef int aad_size = bound_size(aad)
     cdef int id_size = KEY_ID if PyBytes_GET_SIZE(ids) else 0
     cdef uint8_t *schedule = parent.enter()
     cdef uint8_t *data
@@ -216,12 +217,13 @@ def rewrap_many(WrappingKey old not None, WrappingKey new not None, bytes wrappe
 def wrap_key(WrappingKey parent not None, WrappingKey child not None, bytes aad not None):
     """Wrap one wrapping key under another: 72 bytes."""
     cdef bytes output = PyBytes_FromStringAndSize(NULL, WRAPPED)
+    cdef int aad_size = bound_size(aad)
     cdef uint8_t *schedule = parent.enter()
     cdef uint8_t *key
     cdef int status
     try:
         key = child.enter()         # a schedule begins with its key
-        status = wrap_run(schedule, key, 1, <const uint8_t *>PyBytes_AS_STRING(aad), <int>PyBytes_GET_SIZE(aad),
+        status = wrap_run(schedule, key, 1, <const uint8_t *>PyBytes_AS_STRING(aad), aad_size,
                           NULL, 0, <uint8_t *>PyBytes_AS_STRING(output))
         child.leave()
     finally:
@@ -234,6 +236,7 @@ def wrap_key(WrappingKey parent not None, WrappingKey child not None, bytes aad 
 def unwrap_key(WrappingKey parent not None, bytes wrapped not None, bytes aad not None):
     """Open a wrapped wrapping key; raises the decrypt error when it does not verify."""
     cdef WrappingKey child
+    cdef int aad_size = bound_size(aad)
     cdef uint8_t failed = 0
     cdef uint8_t *schedule
     cdef Py_ssize_t bad
@@ -242,7 +245,7 @@ def unwrap_key(WrappingKey parent not None, bytes wrapped not None, bytes aad no
     child = new_wrapping_key()
     schedule = parent.enter()
     bad = unwrap_run(schedule, <const uint8_t *>PyBytes_AS_STRING(wrapped), 1,
-                     <const uint8_t *>PyBytes_AS_STRING(aad), <int>PyBytes_GET_SIZE(aad), NULL, 0,
+                     <const uint8_t *>PyBytes_AS_STRING(aad), aad_size, NULL, 0,
                      child.slot.data, &failed)
     parent.leave()
     if bad:
