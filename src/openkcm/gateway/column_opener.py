@@ -6,6 +6,7 @@ Invariant: as in ``opener``: plaintext stands only where tag and commitment were
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from .. import crypto
@@ -119,10 +120,7 @@ class ColumnOpener:
         table.add_ids(self._stored, job.cells)
         for first in range(0, len(table), RING):
             epoch = self._held.epoch
-            slices = [
-                self._open_ids(table.values(start, min(start + MAX_KEYS_PER_CALL, len(table))))
-                for start in range(first, min(first + RING, len(table)), MAX_KEYS_PER_CALL)
-            ]
+            slices = self._open_ids(table.values(first, first + RING))
             failed = {
                 first + number * MAX_KEYS_PER_CALL + at: error
                 for number, each in enumerate(slices)
@@ -153,19 +151,29 @@ class ColumnOpener:
 
         job.share(LONG_RUN, open_run)
 
-    def _open_ids(self, ids: list[bytes]) -> _Slice:
-        """Open the keys of ids; those of each service key version are one round."""
-        opened, failures = self._subjects.open_ids(ids)
-        rounds: list[tuple[SecretKeys, bytes]] = []
-        for group in opened or (None,):
-            marks = bytearray([PASS_OVER]) * len(ids)
-            if group is not None:
-                for at in group.positions:
-                    marks[at] = 0
-            for at in failures:
-                marks[at] = PASS_OVER if rounds else REPORT  # told once
-            rounds.append((_in_order(group, len(ids)), bytes(marks)))
-        return _Slice(b"".join(ids), failures, rounds)
+    def _open_ids(self, ids: list[bytes]) -> list[_Slice]:
+        """Open the keys of one ring's worth of ids, a call's worth at a time."""
+        slices: list[_Slice] = []
+        for opened, failures in self._subjects.open_ids_chunks(ids):
+            start = len(slices) * MAX_KEYS_PER_CALL
+            part = ids[start : start + MAX_KEYS_PER_CALL]
+            slices.append(_Slice(b"".join(part), failures, _rounds(opened, failures, len(part))))
+        return slices
+
+
+def _rounds(
+    opened: list[OpenGroup], failures: Mapping[int, OpenKCMError], count: int
+) -> list[tuple[SecretKeys, bytes]]:
+    """The keys of each service key version are one round: a key for each id, and what to do with its rows."""
+    rounds: list[tuple[SecretKeys, bytes]] = []
+    for group in opened or (None,):
+        marks = bytearray([PASS_OVER]) * count
+        for at in group.positions if group is not None else ():
+            marks[at] = 0
+        for at in failures:
+            marks[at] = PASS_OVER if rounds else REPORT  # told once
+        rounds.append((_in_order(group, count), bytes(marks)))
+    return rounds
 
 
 class _Slice:

@@ -237,7 +237,7 @@ class ColumnSealer:
         missing = table.add_names(names, cells)
         if missing >= 0:
             raise InvalidInput("a record that is not null needs a subject", index=missing)
-        for start in range(0, len(table), MAX_KEYS_PER_CALL):
+        for start in range(0, len(table), RING):
             decode_subjects(table, start)
         return names, table
 
@@ -245,10 +245,7 @@ class ColumnSealer:
         """Open the keys of all subjects in a few calls, then go through the rows as they stand."""
         for first in range(0, len(table), RING):
             epoch = self._held.epoch
-            opened = [
-                self._subjects.open(decode_subjects(table, start))
-                for start in range(first, min(first + RING, len(table)), MAX_KEYS_PER_CALL)
-            ]
+            opened = list(self._subjects.open_chunks(decode_subjects(table, first)))
             ring = KeyRing(first, [each.keys for each in opened], [each.ids for each in opened])
 
             def seal(start: int, stop: int, ring: KeyRing = ring) -> None:
@@ -261,10 +258,10 @@ class ColumnSealer:
 
 
 def decode_subjects(table: Table, start: int) -> list[str]:
-    """The names of one call's worth of subjects, checked."""
+    """The names of one ring's worth of subjects, checked."""
     names: list[str] = []
     try:
-        for value in table.values(start, start + MAX_KEYS_PER_CALL):
+        for value in table.values(start, start + RING):
             names.append(check_subject(value.decode()))
     except UnicodeDecodeError:
         raise InvalidInput(
