@@ -12,6 +12,7 @@ from typing import Any
 from .. import crypto
 from ..context import Context
 from ..crypto import Cells, KeyRing, Places, RecordCipher, SecretKeys, Table
+from ..envelope import STORED_OVERHEAD
 from ..errors import DecryptError, InvalidInput, OpenKCMError
 from ..keys import Kind, Service, WrappedKeys
 from ..limits import MAX_KEYS_PER_CALL
@@ -38,7 +39,6 @@ class ColumnOpener:
         held: HeldKeys,
         inline: RecordCipher,
         stored: RecordCipher,
-        overheads: tuple[int, int],
     ) -> None:
         self._service = service
         self._leases = leases
@@ -46,7 +46,6 @@ class ColumnOpener:
         self._held = held
         self._inline = inline
         self._stored = stored
-        self._least = min(overheads)
 
     def decrypt(
         self, column: Any, *, context: Context, contexts: Any, out: Any, threads: int, errors: str, text: bool
@@ -57,7 +56,7 @@ class ColumnOpener:
         source = read_source(column, "column")
         cells = Cells(source.parts, "column")
         bound = row_contexts(context, contexts, cells)
-        most = max(cells.total - self._least * (cells.count - cells.nulls), 0)
+        most = max(cells.total - STORED_OVERHEAD * (cells.count - cells.nulls), 0)
         places = Places(cells.count, most, source.wide)
         inline, stored, bad = places.lay_opened(cells, self._inline, self._stored, errors == "null")
         failures = Failures(errors == "raise")

@@ -14,6 +14,7 @@ from typing import Any, Final
 from .. import crypto
 from ..context import ABSENT, RAW_TAG, Context, encode_context
 from ..crypto import Cells, KeyRing, Memory, Places, RecordCipher, RowContexts, Table
+from ..envelope import INLINE_OVERHEAD, STORED_OVERHEAD
 from ..errors import InvalidInput, LimitExceeded, OpenKCMError, SecretMemoryError
 from ..keys import KeyService, Kind, Service, check_subject
 from ..limits import MAX_CONTEXT_BYTES, MAX_KEYS_PER_CALL, MAX_RECORD_BYTES
@@ -108,7 +109,6 @@ class ColumnSealer:
         held: HeldKeys,
         inline: RecordCipher,
         stored: RecordCipher,
-        overheads: tuple[int, int],
     ) -> None:
         self._core = core
         self._service = service
@@ -117,7 +117,6 @@ class ColumnSealer:
         self._held = held
         self._inline = inline
         self._stored = stored
-        self._overheads = overheads
 
     def encrypt(
         self,
@@ -146,7 +145,7 @@ class ColumnSealer:
             check_subject(subject)
         names = None if subjects is None else self._names(subjects, cells)
         bound = row_contexts(context, contexts, cells)
-        most = cells.total + self._overheads[stored] * (cells.count - cells.nulls)
+        most = cells.total + (STORED_OVERHEAD if stored else INLINE_OVERHEAD) * (cells.count - cells.nulls)
         places = Places(cells.count, most, source.wide)
         places.lay_sealed(cells, self._stored if stored else self._inline)
         job = Job(source, cells, bound, places, check_threads(threads))

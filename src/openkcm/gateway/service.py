@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ..context import ABSENT, Buffer, Context, encode_context
 from ..crypto import RecordCipher, generate_keys
-from ..envelope import INLINE_OVERHEAD, STORED_OVERHEAD, VERSION_OFFSET, fixed_header, payload_aad
+from ..envelope import VERSION_OFFSET, fixed_header, payload_aad
 from ..errors import InvalidInput, LimitExceeded, OpenKCMError, SecretMemoryError
 from ..keys import KeyService, Kind, Service, WrappedKeys
 from ..limits import KEY_ID_BYTES, WRAPPED_KEY_BYTES
@@ -473,19 +473,11 @@ class ServiceHandle:
         self._subjects.after_fork()
         self._leases.after_fork()
         self._held = HeldKeys(self._service.tenant)
-        overheads = (INLINE_OVERHEAD, STORED_OVERHEAD)
         self._sealer = ColumnSealer(
-            self._core,
-            self._service,
-            self._policy,
-            self._subjects,
-            self._held,
-            self._inline,
-            self._stored,
-            overheads,
+            self._core, self._service, self._policy, self._subjects, self._held, self._inline, self._stored
         )
         self._column_opener = ColumnOpener(
-            self._service, self._leases, self._subjects, self._held, self._inline, self._stored, overheads
+            self._service, self._leases, self._subjects, self._held, self._inline, self._stored
         )
 
 
