@@ -8,12 +8,15 @@ import gc
 import itertools
 import os
 import pickle
+import threading
+import time
 from array import array
 from pathlib import Path
 
 import pytest
 
 from openkcm import crypto
+from openkcm.crypto import pure
 from openkcm.errors import DecryptError, InvalidInput, LimitExceeded, SecretMemoryError
 from openkcm.limits import KEY_ID_BYTES, MAX_KEYS_PER_CALL, WRAPPED_KEY_BYTES
 from support import refused, run_python
@@ -53,6 +56,24 @@ def test_wiped_keys_are_refused() -> None:
     refused(lambda: cipher().seal_many(keys, None, 1, bytes(144), b"", [b"a", b"b"]), SecretMemoryError)
     parent.wipe()
     refused(lambda: crypto.unwrap_many(parent, wrapped, b"aad"), SecretMemoryError)
+
+
+def test_wiping_waits_for_the_uses_in_flight() -> None:
+    """Of the Python backend's keys, whichever backend is picked: the native one's are tried by threads elsewhere."""
+    keys = pure.import_keys(bytes([7]) * 32)
+    wiping = threading.Thread(target=keys.wipe)
+    with keys as first:
+        with keys:
+            wiping.start()
+            while not keys.wiped:
+                time.sleep(0)
+            refused(keys.__enter__, SecretMemoryError)
+        wiping.join(0.05)
+        assert wiping.is_alive()
+        assert bytes(first) == bytes([7]) * 32
+    wiping.join(10)
+    assert not wiping.is_alive()
+    refused(lambda: bytes(first), ValueError)  # the view is gone with the key
 
 
 def test_counts_are_bounded() -> None:
@@ -241,7 +262,7 @@ def test_long_contexts_and_many_updates_agree() -> None:
         assert cipher(16, bound=True).open_one(key, 0, b"c" * size + b"c", sealed) is None
 
 
-@pytest.mark.parametrize("count", [1, 3, 15, 16, 17, 3000])
+@pytest.mark.parametrize("count", [1, 3, 15, 16, 17, 64, 65, 3000])
 def test_batches(count: int) -> None:
     keys = crypto.generate_keys(count)
     records = [os.urandom(at % 100) for at in range(count)]
@@ -283,6 +304,26 @@ def test_records_are_sorted_by_key_and_stand_where_they_stood() -> None:
     opened, failed = cipher(1).open_many(keys, index, contexts, sealed, True)
     assert failed == [11, 30, 97]
     assert opened == [None if at in failed else record for at, record in enumerate(records)]
+
+
+def test_many_keys_in_any_order() -> None:
+    index = array("I", [(at * 7) % 1500 for at in range(3000)])
+    keys, records = crypto.generate_keys(1500), [b"%d" % at for at in range(3000)]
+    middles = os.urandom(16 * 1500)
+    sealed = cipher(16, bound=True).seal_many(keys, index, 1, middles, b"", records)
+    assert [blob[24:40] for blob in sealed] == [middles[16 * key : 16 * key + 16] for key in index]
+    assert cipher(16, bound=True).open_many(keys, index, b"", sealed, False) == (records, [])
+    for at in (0, 1, 1499, 1500, 2999):
+        assert cipher(16, bound=True).open_one(keys, index[at], b"", sealed[at]) == records[at]
+    assert cipher(16, bound=True).open_one(keys, index[0], b"", sealed[1]) is None
+
+
+def test_an_empty_batch_is_one() -> None:
+    for keys in (crypto.generate_keys(1), crypto.generate_keys(3)):
+        assert cipher(0).seal_many(keys, array("I"), 0, b"", b"", []) == []
+        assert cipher(0).open_many(keys, array("I"), b"", [], True) == ([], [])
+    assert cipher(0).seal_many(crypto.generate_keys(1), None, 0, b"", b"", []) == []
+    assert cipher(0).open_many(crypto.generate_keys(1), None, b"", [], False) == ([], [])
 
 
 def test_one_bad_record_ends_a_batch_or_is_named() -> None:
@@ -349,6 +390,9 @@ def test_gather_wants_one_layout() -> None:
     for bad in (good[:-2], b"", b"H" + good[1:], good[:23] + b"\x08" + good[24:], bytearray(good)):
         assert cipher().gather([good, bad]) is None
         assert cipher().gather([bad, good]) is None
+        for between in ([good, bad, good], [good, bad, other]):
+            assert cipher().gather(between) is None
+            assert cipher().gather(between, True) is None
 
 
 # ---- streams ------------------------------------------------------------------------------------------

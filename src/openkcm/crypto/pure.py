@@ -13,7 +13,9 @@ are freed, so that they may be found in a core dump and, if the machine swaps, o
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from struct import iter_unpack
 from typing import Any, Final
 
 from cryptography.exceptions import InvalidTag
@@ -52,6 +54,12 @@ __all__ = [
 ]
 
 HALF: Final = 12
+_LAST_NONCE: Final = (1 << 8 * NONCE_BYTES) - 1
+
+# The parts of a wrapped key.
+_HEAD: Final = slice(HALF)
+_NONCE: Final = slice(HALF, XAES_NONCE_BYTES)
+_SEALED: Final = slice(XAES_NONCE_BYTES, None)
 
 
 class SecretKeys(Slot):
@@ -171,36 +179,46 @@ def xaes_subkey(key: bytes, nonce: bytes) -> bytes:
     # ECB here is the block function itself: XAES is defined on raw AES blocks (a CMAC-based KDF).
     block = Cipher(algorithms.AES(key), modes.ECB()).encryptor().update
     doubled = int.from_bytes(block(bytes(16)), "big") << 1
-    doubled = (doubled & (1 << 128) - 1) ^ (0x87 * (doubled >> 128))
-    mask = doubled.to_bytes(16, "big")
-    parts = (b"\x00\x01\x58\x00" + nonce[:HALF], b"\x00\x02\x58\x00" + nonce[:HALF])
-    return b"".join(block(bytes(a ^ b for a, b in zip(part, mask, strict=True))) for part in parts)
+    mask = (doubled & (1 << 128) - 1) ^ (0x87 * (doubled >> 128))
+    blocks = b"\x00\x01\x58\x00" + nonce[:HALF] + b"\x00\x02\x58\x00" + nonce[:HALF]
+    return block((int.from_bytes(blocks, "big") ^ (mask << 128 | mask)).to_bytes(KEY_BYTES, "big"))
 
 
-def _wrap_run(key: bytes, data_keys: Sequence[bytes], aads: Sequence[bytes]) -> bytes:
+def cut(data: bytes | memoryview, width: int) -> Iterator[bytes]:
+    """Pieces of ``width`` bytes each: ``struct`` makes 64 a call, in a third of the time that slicing takes."""
+    if len(data) == width:
+        return iter((bytes(data),))
+    whole = len(data) - len(data) % (64 * width)
+    blocks = iter_unpack(f"{width}s" * 64, data[:whole])
+    return chain.from_iterable(chain(blocks, iter_unpack(f"{width}s", data[whole:])))
+
+
+def _wrap_run(key: bytes, data_keys: Sequence[bytes], aads: Iterable[bytes]) -> bytes:
     """Wrap keys in one batch: nonce[:12] once at random, nonce[12:] counting from a random start."""
     start = os.urandom(XAES_NONCE_BYTES)
-    cipher = AESGCM(xaes_subkey(key, start))
-    head, count = start[:HALF], int.from_bytes(start[HALF:], "big")
-    out = []
-    for at, (data_key, aad) in enumerate(zip(data_keys, aads, strict=True)):
-        nonce = ((count + at) % (1 << 96)).to_bytes(NONCE_BYTES, "big")
-        out.append(head + nonce + cipher.encrypt(nonce, data_key, aad))
-    return b"".join(out)
+    encrypt = AESGCM(xaes_subkey(key, start)).encrypt
+    head, first = start[:HALF], int.from_bytes(start[HALF:], "big")
+    nonces = [
+        (number & _LAST_NONCE).to_bytes(NONCE_BYTES, "big") for number in range(first, first + len(data_keys))
+    ]
+    return b"".join(
+        [
+            head + nonce + encrypt(nonce, data_key, aad)
+            for nonce, data_key, aad in zip(nonces, data_keys, aads, strict=True)
+        ]
+    )
 
 
-def _unwrap_run(key: bytes, wrapped: bytes, aads: Sequence[bytes]) -> list[bytes | None]:
+def _unwrap_run(key: bytes, wrapped: bytes, aads: Iterable[bytes]) -> list[bytes | None]:
     """Open wrapped keys; None for those that do not verify. A run of one batch is keyed once."""
     opened: list[bytes | None] = []
     keyed = b""
-    cipher: AESGCM | None = None
-    for at, aad in enumerate(aads):
-        blob = wrapped[at * WRAPPED_KEY_BYTES : (at + 1) * WRAPPED_KEY_BYTES]
-        if cipher is None or keyed != blob[:HALF]:
-            keyed = blob[:HALF]
-            cipher = AESGCM(xaes_subkey(key, keyed))
+    for blob, aad in zip(cut(wrapped, WRAPPED_KEY_BYTES), aads, strict=True):
+        if blob[_HEAD] != keyed:
+            keyed = blob[_HEAD]
+            decrypt = AESGCM(xaes_subkey(key, keyed)).decrypt
         try:
-            opened.append(cipher.decrypt(blob[HALF:XAES_NONCE_BYTES], blob[XAES_NONCE_BYTES:], aad))
+            opened.append(decrypt(blob[_NONCE], blob[_SEALED], aad))
         except InvalidTag:
             opened.append(None)
     return opened
@@ -211,19 +229,14 @@ def _aads(count: int, aad: bytes, ids: bytes) -> list[bytes]:
         return [aad] * count
     if len(ids) != count * KEY_ID_BYTES:
         raise InvalidInput("ids have 16 bytes for each key, or are left out")
-    return [aad + ids[at : at + KEY_ID_BYTES] for at in range(0, len(ids), KEY_ID_BYTES)]
-
-
-def _split(data: memoryview) -> list[bytes]:
-    whole = bytes(data)
-    return [whole[at : at + KEY_BYTES] for at in range(0, len(whole), KEY_BYTES)]
+    return [aad + each for each in cut(ids, KEY_ID_BYTES)]
 
 
 def wrap_many(parent: WrappingKey, keys: SecretKeys, aad: bytes, ids: bytes = b"") -> bytes:
     """Wrap data keys: n x 72 bytes. The associated data of key i is ``aad`` followed by its id, if ids are given."""
     aads = _aads(len(keys), aad, ids)
     with parent as slot, keys as data, lent(slot) as key:
-        return _wrap_run(key, _split(data), aads)
+        return _wrap_run(key, list(cut(data, KEY_BYTES)), aads)
 
 
 def unwrap_many(

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from functools import lru_cache
 from hmac import compare_digest
-from typing import Any, Final
+from itertools import accumulate, compress, islice, repeat
+from operator import ne
+from typing import Any, Final, TypeVar
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -26,10 +29,19 @@ from ..limits import (
     STREAM_NONCE_BYTES,
     TAG_BYTES,
 )
-from .pure import HALF, SecretKeys, import_keys, xaes_subkey
+from .pure import HALF, SecretKeys, cut, import_keys, xaes_subkey
 
 _ZEROS: Final = bytes(COMMITMENT_BYTES)
 _VERSION_BYTES: Final = 4
+
+# The parts of what AES-GCM opens.
+_COMMITMENT: Final = slice(COMMITMENT_BYTES)
+_RECORD: Final = slice(COMMITMENT_BYTES, None)
+
+_CIPHERS_KEPT: Final = 1024
+"""An AESGCM object takes 2.6 KB."""
+
+T = TypeVar("T")
 
 
 def _bytes_of(thing: Any, index: int | None) -> bytes | memoryview:
@@ -49,17 +61,31 @@ def _bytes_of(thing: Any, index: int | None) -> bytes | memoryview:
     return view.cast("B")
 
 
-def _check_size(size: int, index: int | None) -> None:
-    if size > MAX_RECORD_BYTES:
-        raise LimitExceeded(
-            f"a record has at most {MAX_RECORD_BYTES} bytes, not {size}; use a stream for larger data",
-            index=index,
-        )
+def _all_bytes(things: Iterable[Any]) -> list[bytes | memoryview]:
+    items = list(things)
+    if set(map(type, items)) <= {bytes}:
+        return items
+    return [_bytes_of(thing, at) for at, thing in enumerate(items)]
 
 
-def _contexts(contexts: Any, count: int) -> list[bytes]:
+def _first_outside(items: list[bytes | memoryview], least: int, most: int) -> int | None:
+    """Position of the first item whose length is out of bounds."""
+    sizes = set(map(len, items))
+    if not sizes or (least <= min(sizes) and max(sizes) <= most):
+        return None
+    return next(at for at, item in enumerate(items) if not least <= len(item) <= most)
+
+
+def _too_large(size: int, index: int | None) -> LimitExceeded:
+    return LimitExceeded(
+        f"a record has at most {MAX_RECORD_BYTES} bytes, not {size}; use a stream for larger data",
+        index=index,
+    )
+
+
+def _contexts(contexts: Any, count: int) -> bytes | list[bytes]:
     if isinstance(contexts, bytes):
-        return [contexts] * count
+        return contexts
     each = list(contexts)
     if len(each) != count:
         raise InvalidInput("there must be one context for each record")
@@ -68,18 +94,40 @@ def _contexts(contexts: Any, count: int) -> list[bytes]:
     return each
 
 
-def _positions(index: Any, count: int, keys: int) -> Sequence[int]:
+def _positions(index: Any, count: int, keys: int) -> list[int] | None:
+    """The key of each record; None for a key each, or for one key for all."""
     if index is None:
         if keys != 1 and keys != count:
             raise InvalidInput("there must be one key, a key for each record, or an index")
-        return [0] * count if keys == 1 else range(count)
+        return None
     positions = list(index)
     if len(positions) != count:
         raise InvalidInput("there must be one key position for each record")
-    for at, position in enumerate(positions):
-        if not 0 <= position < keys:
-            raise InvalidInput("no key at that position", index=at)
+    if positions and not (min(positions) >= 0 and max(positions) < keys):
+        raise InvalidInput("no key at that position", index=[0 <= at < keys for at in positions].index(False))
     return positions
+
+
+def _spread(of_keys: Iterable[T], keys: int, positions: list[int] | None, count: int) -> Iterable[T]:
+    """What belongs to the key of each record, from what belongs to each key."""
+    if positions is not None:
+        return map(list(of_keys).__getitem__, positions)
+    return of_keys if keys == count else repeat(next(iter(of_keys)), count)
+
+
+def _cipher(keys: SecretKeys, position: int) -> AESGCM:
+    with keys as slot:
+        return AESGCM(bytes(slot[position * KEY_BYTES : (position + 1) * KEY_BYTES]))
+
+
+def _ciphers(keys: SecretKeys, positions: list[int] | None, count: int) -> Iterable[AESGCM]:
+    """The cipher of each record, made when it is used: one at a time where each has a key of its own."""
+    with keys as slot:
+        copies = list(cut(slot, KEY_BYTES))
+    if positions is None:
+        return _spread(map(AESGCM, copies), len(keys), None, count)
+    # Rows of the same few subjects come in any order. What is kept for them goes when the batch has ended.
+    return map(lru_cache(_CIPHERS_KEPT)(lambda position: AESGCM(copies[position])), positions)
 
 
 class RecordCipher:
@@ -95,25 +143,24 @@ class RecordCipher:
         self._middle_bytes = middle_bytes
         self._bound = bind_middle
         self._aad = aad
-        self._middle = len(head) + _VERSION_BYTES
-        self._nonce = self._middle + middle_bytes
-        self._body = self._nonce + NONCE_BYTES
-        self.overhead = self._body + COMMITMENT_BYTES + TAG_BYTES
+        start = len(head) + _VERSION_BYTES
+        self._middle = slice(start, start + middle_bytes)
+        self._nonce = slice(self._middle.stop, self._middle.stop + NONCE_BYTES)
+        self._body = slice(self._nonce.stop, None)
+        self.overhead = self._nonce.stop + COMMITMENT_BYTES + TAG_BYTES
+        self._most = self.overhead + MAX_RECORD_BYTES
 
     def takes(self, blob: bytes | memoryview) -> bool:
         """Whether bytes have this layout's head and a size that fits it."""
-        return (
-            self.overhead <= len(blob) <= self.overhead + MAX_RECORD_BYTES
-            and blob[: len(self._head)] == self._head
-        )
+        return self.overhead <= len(blob) <= self._most and blob[: len(self._head)] == self._head
 
     def version(self, blob: bytes | memoryview) -> int:
         """The version in a record that ``takes`` took."""
-        return int.from_bytes(blob[len(self._head) : self._middle], "big")
+        return int.from_bytes(blob[len(self._head) : self._middle.start], "big")
 
     def middle(self, blob: bytes | memoryview) -> bytes:
         """What stands between a record's version and its nonce."""
-        return bytes(blob[self._middle : self._nonce])
+        return bytes(blob[self._middle])
 
     def seal_one(
         self,
@@ -127,7 +174,8 @@ class RecordCipher:
     ) -> bytes:
         """Seal one record under the key at ``position``; ``consume`` zeroes that key afterwards."""
         data = _bytes_of(record, None)
-        _check_size(len(data), None)
+        if len(data) > MAX_RECORD_BYTES:
+            raise _too_large(len(data), None)
         if not 0 <= position < len(keys):
             raise InvalidInput("no key at that position")
         self._check_middles(keys, middles)
@@ -156,84 +204,112 @@ class RecordCipher:
         records: Iterable[Any],
     ) -> list[bytes]:
         """Seal a batch; record i uses the key at index[i], or its own key, or the only one."""
-        items = [_bytes_of(record, at) for at, record in enumerate(records)]
-        aads = _contexts(contexts, len(items))
-        positions = _positions(index, len(items), len(keys))
+        items = _all_bytes(records)
+        count = len(items)
+        encoded = _contexts(contexts, count)
+        positions = _positions(index, count, len(keys))
         self._check_middles(keys, middles)
-        for at, item in enumerate(items):
-            _check_size(len(item), at)
-        width = self._middle_bytes
-        parts = (
-            [middles[at : at + width] for at in range(0, len(middles), width)] if width else [b""] * len(keys)
-        )
+        large = _first_outside(items, 0, MAX_RECORD_BYTES)
+        if large is not None:
+            raise _too_large(len(items[large]), large)
+        parts = list(cut(middles, self._middle_bytes)) if middles else [b""] * len(keys)
         head = self._head + version.to_bytes(_VERSION_BYTES, "big")
-        nonces = os.urandom(NONCE_BYTES * len(items))
-        fixed, bound = self._aad, self._bound
-        out: list[bytes] = []
-        last = -1
-        with keys as slot:
-            raw = bytes(slot)
-        for at, (item, position, context) in enumerate(zip(items, positions, aads, strict=True)):
-            if position != last:
-                cipher = AESGCM(raw[position * KEY_BYTES : (position + 1) * KEY_BYTES])
-                last = position
-            middle = parts[position]
-            nonce = nonces[at * NONCE_BYTES : (at + 1) * NONCE_BYTES]
-            aad = fixed + middle + context if bound else fixed + context
-            out.append(head + middle + nonce + cipher.encrypt(nonce, _ZEROS + item, aad))
-        return out
+        leads = _spread([head + part for part in parts], len(keys), positions, count)
+        bound = _spread(parts, len(keys), positions, count) if self._bound else None
+        return [
+            lead + nonce + cipher.encrypt(nonce, _ZEROS + item, aad)
+            for lead, cipher, nonce, item, aad in zip(
+                leads,
+                _ciphers(keys, positions, count),
+                cut(os.urandom(NONCE_BYTES * count), NONCE_BYTES),
+                items,
+                self._aads(bound, encoded, count),
+                strict=True,
+            )
+        ]
 
-    def _open(self, cipher: AESGCM, blob: bytes | memoryview, context: bytes) -> bytes | None:
-        aad = self._aad + (bytes(blob[self._middle : self._nonce]) if self._bound else b"") + context
-        try:
-            opened = cipher.decrypt(bytes(blob[self._nonce : self._body]), blob[self._body :], aad)
-        except InvalidTag:
-            return None
-        return opened[COMMITMENT_BYTES:] if compare_digest(opened[:COMMITMENT_BYTES], _ZEROS) else None
+    def _aads(
+        self, middles: Iterable[bytes | memoryview] | None, contexts: bytes | list[bytes], count: int
+    ) -> Iterable[bytes]:
+        """The associated data of each record; ``middles`` are given where they are bound."""
+        fixed = self._aad
+        if middles is None and isinstance(contexts, bytes):
+            return repeat(fixed + contexts, count)
+        each = repeat(contexts, count) if isinstance(contexts, bytes) else contexts
+        if middles is None:
+            return [fixed + context for context in each]
+        return [fixed + middle + context for middle, context in zip(middles, each, strict=True)]
 
     def open_one(self, keys: SecretKeys, position: int, context: bytes, blob: Any) -> bytes | None:
         """Open one record; None when it does not verify."""
         data = _bytes_of(blob, None)
-        if not self.overhead <= len(data) <= self.overhead + MAX_RECORD_BYTES:
+        if not self.overhead <= len(data) <= self._most:
             return None
         if not 0 <= position < len(keys):
             raise InvalidInput("no key at that position")
-        with keys as slot:
-            cipher = AESGCM(bytes(slot[position * KEY_BYTES : (position + 1) * KEY_BYTES]))
-        return self._open(cipher, data, context)
+        cipher = _cipher(keys, position)
+        aad = self._aad + (data[self._middle] if self._bound else b"") + context
+        try:
+            opened = cipher.decrypt(data[self._nonce], data[self._body], aad)
+        except InvalidTag:
+            return None
+        return opened[_RECORD] if compare_digest(opened[_COMMITMENT], _ZEROS) else None
 
     def open_many(
         self, keys: SecretKeys, index: Any, contexts: Any, blobs: Iterable[Any], outcomes: bool
     ) -> tuple[list[bytes | None], list[int]]:
         """Open a batch: (records, positions that did not verify); without ``outcomes`` the first one ends it."""
-        items = [_bytes_of(blob, at) for at, blob in enumerate(blobs)]
-        aads = _contexts(contexts, len(items))
-        positions = _positions(index, len(items), len(keys))
-        for at, item in enumerate(items):
-            if not self.overhead <= len(item) <= self.overhead + MAX_RECORD_BYTES:
-                raise InvalidInput("too short or too long for a record", index=at)
-        opened: list[bytes | None] = []
+        items = _all_bytes(blobs)
+        count = len(items)
+        encoded = _contexts(contexts, count)
+        positions = _positions(index, count, len(keys))
+        misfit = _first_outside(items, self.overhead, self._most)
+        if misfit is not None:
+            raise InvalidInput("too short or too long for a record", index=misfit)
+        if len(keys) == 1 and isinstance(encoded, bytes) and not self._bound:
+            alike = self._open_alike(keys, self._aad + encoded, items)
+            if alike is not None:
+                return alike, []
+        ciphers = _ciphers(keys, positions, count)
+        aads = self._aads([item[self._middle] for item in items] if self._bound else None, encoded, count)
+        nonce, body = self._nonce, self._body
+        records: list[bytes | None] = []
         failed: list[int] = []
-        last = -1
-        with keys as slot:
-            raw = bytes(slot)
-        for at, (item, position, context) in enumerate(zip(items, positions, aads, strict=True)):
-            if position != last:
-                cipher = AESGCM(raw[position * KEY_BYTES : (position + 1) * KEY_BYTES])
-                last = position
-            record = self._open(cipher, item, context)
-            if record is None:
-                failed.append(at)
-                if not outcomes:
-                    return [], failed
-            opened.append(record)
-        return opened, failed
+        for cipher, item, aad in zip(ciphers, items, aads, strict=True):
+            try:
+                opened = cipher.decrypt(item[nonce], item[body], aad)
+            except InvalidTag:
+                opened = b""  # which does not hold the commitment either
+            if compare_digest(opened[_COMMITMENT], _ZEROS):
+                records.append(opened[_RECORD])
+                continue
+            failed.append(len(records))
+            if not outcomes:
+                return [], failed
+            records.append(None)
+        return records, failed
+
+    def _open_alike(
+        self, keys: SecretKeys, aad: bytes, items: list[bytes | memoryview]
+    ) -> list[bytes | None] | None:
+        """Open records of one key and one context, the quickest loop there is; None if any does not verify."""
+        decrypt, nonce, body = _cipher(keys, 0).decrypt, self._nonce, self._body
+        records: list[bytes | None] = []
+        try:
+            for item in items:
+                opened = decrypt(item[nonce], item[body], aad)
+                if not compare_digest(opened[_COMMITMENT], _ZEROS):
+                    return None
+                records.append(opened[_RECORD])
+        except InvalidTag:
+            return None
+        return records
 
     def place(self, blob: Any) -> bytes | None:
         """The version and the middle of one record, side by side; None if it is not exact bytes of this layout."""
         if type(blob) is not bytes or len(blob) < self.overhead or not blob.startswith(self._head):
             return None
-        return blob[len(self._head) : self._nonce]
+        return blob[len(self._head) : self._middle.stop]
 
     def gather(self, blobs: Iterable[Any], runs: bool = False) -> tuple[int, bytes, array[int] | None] | None:
         """Collect the middles of a batch, if every blob has this head and layout and all share one version.
@@ -242,20 +318,22 @@ class RecordCipher:
         and the index tells which is each blob's; it is None where they are all one's own, or all the same.
         """
         items = list(blobs)
-        if not items or type(items[0]) is not bytes or not items[0].startswith(self._head):
+        if set(map(type, items)) != {bytes} or min(set(map(len, items))) < self.overhead:
             return None
-        start = items[0][: self._middle]
-        middles: list[bytes] = []
-        index = array("I")
-        for item in items:
-            if type(item) is not bytes or len(item) < self.overhead or not item.startswith(start):
-                return None
-            middle = item[self._middle : self._nonce]
-            if not runs or not middles or middle != middles[-1]:
-                middles.append(middle)
-            index.append(len(middles) - 1)
+        # The least and the greatest of them stand for all: what is between two that start alike starts so too.
+        middle, least, greatest = self._middle, min(items), max(items)
+        start = least[: middle.start]
+        if not start.startswith(self._head) or not greatest.startswith(start):
+            return None
         version = int.from_bytes(start[len(self._head) :], "big")
-        return version, b"".join(middles), index if 1 < len(middles) < len(items) else None
+        if runs and least[middle] == greatest[middle]:
+            return version, least[middle], None
+        middles = [item[middle] for item in items]
+        changes = list(map(ne, islice(middles, 1, None), middles)) if runs else []
+        if all(changes):
+            return version, b"".join(middles), None
+        index = array("I", accumulate(changes, initial=0))
+        return version, b"".join(compress(middles, [True, *changes])), index
 
 
 # ---- streams -------------------------------------------------------------------------------------------
