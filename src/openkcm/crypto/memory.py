@@ -167,7 +167,8 @@ class Slot:
         self._born = _forks
         self._closing = False
         self._uses = 0
-        self._guard = threading.Condition()
+        self._guard = threading.RLock()
+        self._unused: threading.Condition | None = None  # made by a wipe that has to wait
         self._place: tuple[_Region, int, int] | None = None
         self._place = _arena.take(size)
         region, at, _ = self._place
@@ -189,7 +190,8 @@ class Slot:
     def __exit__(self, *error: object) -> None:
         with self._guard:
             self._uses -= 1
-            self._guard.notify_all()
+            if self._unused is not None:
+                self._unused.notify_all()
 
     def wipe(self) -> None:
         """Zero the key; refuses new uses first and waits for those in flight. Idempotent."""
@@ -199,8 +201,10 @@ class Slot:
             if self._closing:
                 return
             self._closing = True
-            while self._uses:
-                self._guard.wait()
+            if self._uses:
+                self._unused = threading.Condition(self._guard)
+                while self._uses:
+                    self._unused.wait()
             self._give()
 
     def _give(self) -> None:
