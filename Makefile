@@ -15,7 +15,7 @@ BOOTSTRAP      := VENV=$(VENV) scripts/bootstrap
 unexport PYTHONPATH PYTHONHOME
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow soak lint format native debug sanitize fuzz bench wheel clean distclean
+.PHONY: help demo test test-slow soak lint format native debug sanitize fuzz bench bench-more wheel clean distclean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -123,8 +123,12 @@ fuzz: $(VENV)/.native $(VENV)/.dev  ## Each fuzz target for FUZZ_SECONDS (defaul
 	    $(BIN)/python tests/fuzz/run.py "$$name" "build/fuzz/$$name" "tests/fuzz/corpus/$$name" \
 	        -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/fuzz/ -print_final_stats=1 $(ARGS) </dev/null; done
 
-bench: $(VENV)/.native $(VENV)/.dev  ## The figures, with pyperf
-	@set -e; for script in bench/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
+bench: $(VENV)/.native $(VENV)/.dev  ## OpenKCM beside its peers, into docs/benchmarks (ARGS=--quick for a look)
+	@$(BIN)/python bench $(ARGS)
+
+# What concerns OpenKCM alone: tables file to file, probes, and what a neighbour notices.
+bench-more: $(VENV)/.native $(VENV)/.dev  ## Files, probes and neighbours, timed
+	@set -e; for script in tables probes isolation; do echo "== $$script"; $(BIN)/python bench/$$script.py $(ARGS); done
 
 wheel: $(VENV)/.dev  ## A wheel for this machine and an sdist, in dist/
 	OPENKCM_BUILD=require $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
