@@ -59,12 +59,12 @@ def leased(core: openkcm.Core, clock: Clock, calls: list[int]) -> ServiceHandle:
     """A handle on a service that has a lease, on the fake clock."""
     core.set_lease("acme", "records", LEASE)
     handle = openkcm.Gateway(core).service("acme", "records")
-    handle._leases._clock = clock
+    handle._leases.clock = clock
     return handle
 
 
 def kept(handle: ServiceHandle) -> list[SecretKeys]:
-    return [each.keys for each in handle._leases._kept.values()]
+    return [each.keys for each in handle._leases.kept.values()]
 
 
 def test_strict_is_the_default(core: openkcm.Core, calls: list[int]) -> None:
@@ -111,7 +111,7 @@ def test_a_lease_counts_from_before_the_opening(
     monkeypatch.setattr(core, "unwrap_keys", slow)
     started = clock.now
     leased.decrypt(blob)
-    (entry,) = leased._leases._kept.values()
+    (entry,) = leased._leases.kept.values()
     assert entry.until == started + LEASE
 
 

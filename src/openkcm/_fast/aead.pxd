@@ -4,6 +4,7 @@ from libc.string cimport memcmp
 
 from .batch cimport Batch, Item
 from .gcm cimport Gcm
+from .secret cimport SecretKeys
 from .secret cimport COMMITMENT, TAG
 
 cdef enum:
@@ -12,6 +13,7 @@ cdef enum:
     BROKEN = -1
     VERSION = 4                     # bytes of the service key version
     JOINED = 512                    # associated data up to here is put together on the stack
+    ROOM = 64                       # heads and associated data up to here are copied in one move of a fixed size
     SMALL = 2048                    # records up to here are ciphered in one call through a scratch buffer
 
 cdef Py_ssize_t MAX_RECORD
@@ -20,6 +22,8 @@ cdef class RecordCipher:
     cdef bytes head, aad
     cdef const uint8_t *head_data
     cdef const uint8_t *aad_data
+    cdef uint8_t[ROOM] head_room
+    cdef uint8_t[ROOM] aad_room
     cdef int head_size, middle_size, aad_size, body
     cdef bint bound
 
@@ -42,6 +46,8 @@ cdef class RecordCipher:
     cdef int seal(self, Gcm *cipher, const uint8_t *key, const uint8_t *nonce, uint32_t version,
                   const uint8_t *middle, const Item *item) noexcept nogil
     cdef int open(self, Gcm *cipher, const uint8_t *key, const Item *item, uint8_t *scratch) noexcept nogil
+    cdef object open_alone(self, SecretKeys keys, Py_ssize_t position, bytes context, blob)
+    cpdef object place(self, blob)
     cdef int check_size(self, Py_ssize_t size, Py_ssize_t index) except -1
     cdef int seal_loop(self, uint8_t *keys, uint32_t version, const uint8_t *middles, Batch batch) noexcept nogil
     cdef Py_ssize_t open_loop(self, uint8_t *keys, Batch batch, uint8_t *failed, bint outcomes) noexcept nogil

@@ -8,7 +8,9 @@ its inputs and allocates its exact outputs, runs one C loop with the GIL release
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.dict cimport PyDict_GetItem
 from cpython.list cimport PyList_GET_ITEM
+from cpython.object cimport PyObject
 from libc.stdint cimport uint8_t, uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset
@@ -80,7 +82,7 @@ cdef class RecordCipher:
     """
 
     def __init__(self, bytes head not None, int middle_bytes, bint bind_middle, bytes aad not None):
-        if not 0 < len(head) <= 64 or not 0 <= middle_bytes <= 256 or len(aad) > 256:
+        if not 0 < len(head) <= ROOM or not 0 <= middle_bytes <= 256 or len(aad) > 256:
             raise invalid_error()("the layout's parts are out of bounds")
         self.head = head
         self.aad = aad
@@ -89,6 +91,8 @@ cdef class RecordCipher:
         self.head_size = <int>len(head)
         self.middle_size = middle_bytes
         self.aad_size = <int>len(aad)
+        memcpy(self.head_room, self.head_data, <size_t>self.head_size)
+        memcpy(self.aad_room, self.aad_data, <size_t>min(self.aad_size, <int>ROOM))
         self.bound = bind_middle
         self.body = self.head_size + VERSION + middle_bytes + NONCE
 
@@ -104,9 +108,16 @@ cdef class RecordCipher:
             whole = <uint8_t *>malloc(<size_t>size[0])
             if whole == NULL:
                 return NULL
-        memcpy(whole, self.aad_data, <size_t>self.aad_size)
-        memcpy(whole + self.aad_size, middle, <size_t>bound)
-        memcpy(whole + self.aad_size + bound, item.context, <size_t>item.context_size)
+        if self.aad_size <= ROOM and whole == joined:
+            memcpy(whole, self.aad_room, ROOM)
+        else:
+            memcpy(whole, self.aad_data, <size_t>self.aad_size)
+        if bound:
+            memcpy(whole + self.aad_size, middle, <size_t>bound)
+        if item.context_size == 1:
+            whole[self.aad_size + bound] = item.context[0]
+        else:
+            memcpy(whole + self.aad_size + bound, item.context, <size_t>item.context_size)
         return whole
 
     cdef int seal(self, Gcm *cipher, const uint8_t *key, const uint8_t *nonce, uint32_t version,
@@ -115,14 +126,18 @@ cdef class RecordCipher:
         cdef uint8_t *output = item.output
         cdef const uint8_t *aad
         cdef int status, aad_size
-        memcpy(output, self.head_data, <size_t>self.head_size)
+        # A copy whose size the compiler knows is a few moves; every record has so much behind its head.
+        memcpy(output, self.head_room, ROOM)
         output += self.head_size
         output[0] = <uint8_t>(version >> 24)
         output[1] = <uint8_t>((version >> 16) & 255)
         output[2] = <uint8_t>((version >> 8) & 255)
         output[3] = <uint8_t>(version & 255)
         output += VERSION
-        memcpy(output, middle, <size_t>self.middle_size)
+        if self.middle_size == WRAPPED:
+            memcpy(output, middle, WRAPPED)
+        else:
+            memcpy(output, middle, <size_t>self.middle_size)
         output += self.middle_size
         memcpy(output, nonce, NONCE)
         aad = self.bind(middle, item, joined, &aad_size)
@@ -251,6 +266,29 @@ cdef class RecordCipher:
 
     def open_one(self, SecretKeys keys not None, Py_ssize_t position, bytes context not None, blob):
         """Open one record; None when it does not verify."""
+        return self.open_alone(keys, position, context, blob)
+
+    def open_kept(self, dict kept not None, double now, bytes context not None, blob):
+        """Open one record under the key that is kept for its version and middle; None if there is none to be had.
+
+        ``kept`` maps what ``place`` returns to (keys, since, until): a key is used before ``until``. What does not
+        verify, or was wiped meanwhile, is None too: the caller finds out the long way.
+        """
+        place = self.place(blob)
+        cdef PyObject *found = NULL if place is None else PyDict_GetItem(kept, place)
+        if found == NULL:
+            return None
+        keys, _, until = <object>found
+        if now >= <double>until:
+            return None
+        try:
+            return self.open_alone(<SecretKeys?>keys, 0, context, blob)
+        except Exception as error:
+            if not isinstance(error, memory_error()):
+                raise
+            return None
+
+    cdef object open_alone(self, SecretKeys keys, Py_ssize_t position, bytes context, blob):
         cdef Item item
         cdef uint8_t scratch[SMALL + COMMITMENT]
         cdef list held = None
@@ -346,7 +384,7 @@ cdef class RecordCipher:
         OPENSSL_cleanse(scratch, SMALL + COMMITMENT)
         return -1 if status == BROKEN else first
 
-    def place(self, blob):
+    cpdef object place(self, blob):
         """The version and the middle of one record, side by side; None if it is not exact bytes of this layout."""
         cdef const uint8_t *data
         if not PyBytes_CheckExact(blob) or PyBytes_GET_SIZE(blob) < self.overhead():

@@ -18,7 +18,7 @@ from typing import Any, Final, TypeVar
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from ..errors import InvalidInput, LimitExceeded
+from ..errors import InvalidInput, LimitExceeded, SecretMemoryError
 from ..limits import (
     COMMITMENT_BYTES,
     KEY_BYTES,
@@ -254,6 +254,21 @@ class RecordCipher:
         except InvalidTag:
             return None
         return opened[_RECORD] if compare_digest(opened[_COMMITMENT], _ZEROS) else None
+
+    def open_kept(self, kept: dict[bytes, Any], now: float, context: bytes, blob: Any) -> bytes | None:
+        """Open one record under the key that is kept for its version and middle; None if there is none to be had.
+
+        ``kept`` maps what ``place`` returns to (keys, since, until): a key is used before ``until``. What does not
+        verify, or was wiped meanwhile, is None too: the caller finds out the long way.
+        """
+        place = self.place(blob)
+        found = None if place is None else kept.get(place)
+        if found is None or now >= found[2]:
+            return None
+        try:
+            return self.open_one(found[0], 0, context, blob)
+        except SecretMemoryError:
+            return None
 
     def open_many(
         self, keys: SecretKeys, index: Any, contexts: Any, blobs: Iterable[Any], outcomes: bool

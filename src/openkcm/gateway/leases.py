@@ -36,20 +36,26 @@ class _Kept(NamedTuple):
 
 
 class Leases:
-    """The kept keys of one service."""
+    """The kept keys of one service.
+
+    Attributes:
+        kept: keys by their places, each with the moments of its opening and of its end; to be read only.
+        stands: up to which moment the Core's last word that a lease stands is good.
+        clock: what these moments are of.
+    """
 
     def __init__(self, core: KeyService, service: Service, clock: Callable[[], float] = awake_clock) -> None:
         self._core = core
         self._service = service
-        self._clock = clock
+        self.clock = clock
         self.after_fork()
 
     def after_fork(self) -> None:
         """Start without keys: secret memory is not inherited, and neither is the timer's thread."""
         self._lock = threading.Lock()
-        self._kept: dict[bytes, _Kept] = {}
+        self.kept: dict[bytes, _Kept] = {}
         self._epoch = 0
-        self._heard = -math.inf
+        self.stands = -math.inf
         self._timer: threading.Timer | None = None
 
     def open(self, wrapped: WrappedKeys) -> tuple[SecretKeys, Mapping[int, OpenKCMError]]:
@@ -63,8 +69,8 @@ class Leases:
         if len(wrapped) > 1:
             keys, failures, _ = self._core.unwrap_keys(self._service, wrapped)
             return keys, failures
-        epoch, asked = self._epoch, self._clock()
-        if self._kept and (copy := self._copy(_place(wrapped))) is not None:
+        epoch, asked = self._epoch, self.clock()
+        if self.kept and (copy := self._copy(_place(wrapped))) is not None:
             return copy, {}
         keys, failures, granted = self._core.unwrap_keys(self._service, wrapped)
         if granted > 0 and not failures:
@@ -79,16 +85,17 @@ class Leases:
         Raises:
             as ``KeyService.lease``.
         """
-        kept = self._kept.get(place)
+        kept = self.kept.get(place)
         if kept is None:
             return None
-        now = self._clock()
-        if now - self._heard < RECENT_SECONDS and now < kept.until:
-            return kept.keys
+        keys, opened, until = kept
+        now = self.clock()
+        if now < self.stands and now < until:
+            return keys
         granted = self._core.lease(self._service)
-        if now < min(kept.until, kept.opened + granted):
-            self._heard = now
-            return kept.keys
+        if now < min(until, opened + granted):
+            self.stands = now + RECENT_SECONDS
+            return keys
         self._drop([place])
         return None
 
@@ -106,14 +113,14 @@ class Leases:
 
     def forget(self, key_ids: frozenset[bytes]) -> None:
         """Zero the kept keys of these ids: they were shredded."""
-        self._drop([place for place in list(self._kept) if place[INLINE_PLACE_BYTES:] in key_ids])
+        self._drop([place for place in list(self.kept) if place[INLINE_PLACE_BYTES:] in key_ids])
 
     def wipe(self) -> None:
         """Zero every kept key; what is being opened meanwhile is not kept."""
         with self._lock:
             self._epoch += 1
-            self._heard = -math.inf
-            kept, self._kept = self._kept, {}
+            self.stands = -math.inf
+            kept, self.kept = self.kept, {}
             timer, self._timer = self._timer, None
         if timer is not None:
             timer.cancel()
@@ -122,19 +129,19 @@ class Leases:
 
     def sweep(self) -> None:
         """Zero what is past its time."""
-        now = self._clock()
-        self._drop([place for place, kept in list(self._kept.items()) if now >= kept.until])
+        now = self.clock()
+        self._drop([place for place, kept in list(self.kept.items()) if now >= kept.until])
 
     # ---- inside --------------------------------------------------------------------------------------
 
     def _keep(self, place: bytes, kept: _Kept, epoch: int) -> None:
         oldest: list[bytes] = []
         with self._lock:
-            wanted = epoch == self._epoch and place not in self._kept
+            wanted = epoch == self._epoch and place not in self.kept
             if wanted:
-                self._kept[place] = kept
-                if len(self._kept) > MOST_KEPT:
-                    oldest = [next(iter(self._kept))]
+                self.kept[place] = kept
+                if len(self.kept) > MOST_KEPT:
+                    oldest = [next(iter(self.kept))]
                 if self._timer is None:
                     self._start_timer(kept.until)
         if not wanted:
@@ -142,7 +149,7 @@ class Leases:
         self._drop(oldest)
 
     def _start_timer(self, until: float) -> None:
-        timer = threading.Timer(max(0.01, until - self._clock()), _weak_tick(self))
+        timer = threading.Timer(max(0.01, until - self.clock()), _weak_tick(self))
         timer.daemon = True
         timer.start()
         self._timer = timer
@@ -151,12 +158,12 @@ class Leases:
         self.sweep()
         with self._lock:
             self._timer = None
-            if self._kept:
-                self._start_timer(min(kept.until for kept in self._kept.values()))
+            if self.kept:
+                self._start_timer(min(kept.until for kept in self.kept.values()))
 
     def _drop(self, places: list[bytes]) -> None:
         with self._lock:
-            gone = [kept for place in places if (kept := self._kept.pop(place, None)) is not None]
+            gone = [kept for place in places if (kept := self.kept.pop(place, None)) is not None]
         for kept in gone:
             kept.keys.wipe()
 

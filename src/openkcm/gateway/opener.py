@@ -74,28 +74,20 @@ class Opener:
             DecryptError: another key or context, or altered.
         """
         kept = self._leases.find(place)
-        if kept is not None:
-            try:
-                record: bytes | None = self._open_one(kept, 0, context, blob)
-                if record is None:
-                    raise DecryptError()
-                return record
-            except SecretMemoryError:
-                if not kept.wiped:
-                    raise
+        try:
+            if kept is not None:
+                return _verified(self._open_one(kept, 0, context, blob))
+        except SecretMemoryError:
+            if not kept.wiped:  # type: ignore[union-attr]  # it is not None
+                raise
         version, wrapped = split_place(place)
         if not version:
             return None
         keys, failures = self._leases.open(WrappedKeys(Kind.INLINE, version, wrapped))
         try:
-            if failures:
-                return None
-            record = self._open_one(keys, 0, context, blob)
+            return None if failures else _verified(self._open_one(keys, 0, context, blob))
         finally:
             keys.wipe()
-        if record is None:
-            raise DecryptError()
-        return record
 
     def _open_stored_only(
         self, packed: bytes, blobs: list[Any], contexts: Contexts, in_place: bool
@@ -174,3 +166,9 @@ class Opener:
         for at in failed:
             results[at] = DecryptError(index=at)
         return results
+
+
+def _verified(record: bytes | None) -> bytes:
+    if record is None:
+        raise DecryptError()
+    return record

@@ -70,8 +70,7 @@ class ServiceHandle:
         self._stored = _cipher(Kind.STORED, service, KEY_ID_BYTES)
         self._opener = Opener(service, self._leases, self._subjects, self._inline, self._stored)
         self._seal_one = self._inline.seal_one
-        self._place = self._inline.place
-        self._open_inline = self._opener.open_inline
+        self._open_kept = self._inline.open_kept
         self._single_use = policy.records == 1
         self.after_fork()
 
@@ -137,10 +136,14 @@ class ServiceHandle:
             KeyDestroyed: the subject's data key was shredded.
             TenantDark, RootUnavailable, StoreUnavailable: its key cannot be opened now.
         """
-        place = self._place(blob)
-        if place is not None:
-            encoded = ABSENT if context is None else encode_context(context)
-            record = self._open_inline(blob, place, encoded)  # type: ignore[arg-type]  # it is bytes
+        encoded = ABSENT if context is None else encode_context(context)
+        leases = self._leases
+        if (now := leases.clock()) < leases.stands:
+            record: bytes | None = self._open_kept(leases.kept, now, encoded, blob)
+            if record is not None:
+                return record
+        if (place := self._inline.place(blob)) is not None:
+            record = self._opener.open_inline(blob, place, encoded)  # type: ignore[arg-type]  # it is bytes
             if record is not None:
                 return record
         try:
