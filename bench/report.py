@@ -104,7 +104,7 @@ def _time(figure: Figure | None) -> str:
         return "-"
     for scale, unit in ((1e6, "ms"), (1e3, "us")):
         if figure.median >= scale:
-            return f"{figure.median / scale:.3g} ± {figure.deviation / scale:.2g} {unit}"
+            return f"{figure.median / scale:.3g} ± {figure.deviation / scale:.3g} {unit}"
     return f"{figure.median:.0f} ± {figure.deviation:.0f} ns"
 
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bare ``cryptography``: AESGCM with a nonce from ``os.urandom`` before each ciphertext, and nothing around it."""
+"""Bare ``cryptography``: AESGCM with a nonce from ``os.urandom``, and nothing around it.
+
+The nonce is kept beside its ciphertext: putting the two together, as most do, would copy the record once more.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +37,13 @@ class OneKey(_Bare):
         super().__init__(size)
         self._cipher = AESGCM(AESGCM.generate_key(256))
 
-    def encrypt(self, records: list[bytes]) -> list[bytes]:
+    def encrypt(self, records: list[bytes]) -> list[tuple[bytes, bytes]]:
         seal, draw = self._cipher.encrypt, os.urandom
-        return [(nonce := draw(NONCE)) + seal(nonce, record, None) for record in records]
+        return [((nonce := draw(NONCE)), seal(nonce, record, None)) for record in records]
 
-    def decrypt(self, sealed: list[bytes]) -> list[bytes]:
+    def decrypt(self, sealed: list[tuple[bytes, bytes]]) -> list[bytes]:
         unseal = self._cipher.decrypt
-        return [unseal(blob[:NONCE], blob[NONCE:], None) for blob in sealed]
+        return [unseal(nonce, ciphertext, None) for nonce, ciphertext in sealed]
 
 
 class KeyEach(_Bare):
@@ -49,12 +52,12 @@ class KeyEach(_Bare):
     title = "cryptography AESGCM, a key each"
     less = "keys are not wrapped but kept beside the records; no context, no key commitment"
 
-    def encrypt(self, records: list[bytes]) -> list[tuple[bytes, bytes]]:
+    def encrypt(self, records: list[bytes]) -> list[tuple[bytes, bytes, bytes]]:
         draw = os.urandom
         return [
-            ((key := draw(KEY)), (nonce := draw(NONCE)) + AESGCM(key).encrypt(nonce, record, None))
+            ((key := draw(KEY)), (nonce := draw(NONCE)), AESGCM(key).encrypt(nonce, record, None))
             for record in records
         ]
 
-    def decrypt(self, sealed: list[tuple[bytes, bytes]]) -> list[bytes]:
-        return [AESGCM(key).decrypt(blob[:NONCE], blob[NONCE:], None) for key, blob in sealed]
+    def decrypt(self, sealed: list[tuple[bytes, bytes, bytes]]) -> list[bytes]:
+        return [AESGCM(key).decrypt(nonce, ciphertext, None) for key, nonce, ciphertext in sealed]
