@@ -86,19 +86,20 @@ class Contender:
         return ""
 
 
-def count_for(contender: type[Contender], size: int) -> int:
+def count_for(contender: type[Contender], size: int, threads: int) -> int:
     """Records in a batch: at least one for each thread, and about as many bytes at every size."""
-    return min(contender.most, max(max(contender.threads), contender.most_bytes // size))
+    return min(contender.most, max(threads, contender.most_bytes // size))
 
 
-def works(contender: Contender, records: list[bytes]) -> dict[tuple[str, int], Callable[[], Any]]:
-    """What is timed, by direction and number of threads."""
-    return {
-        (direction, threads): work
-        for threads in contender.threads
-        for direction, work in contender.ways(records, threads).items()
-        if direction in contender.directions
-    }
+def works(contender: Contender, records: list[bytes]) -> dict[tuple[str, int], tuple[Callable[[], Any], int]]:
+    """What is timed and how many records it does, by direction and number of threads."""
+    found = {}
+    for threads in contender.threads:
+        batch = records[: count_for(type(contender), contender.size, threads)]
+        for direction, work in contender.ways(batch, threads).items():
+            if direction in contender.directions:
+                found[direction, threads] = (work, len(batch))
+    return found
 
 
 def split(records: list[bytes], parts: int) -> list[list[bytes]]:

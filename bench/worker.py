@@ -59,13 +59,13 @@ def main() -> None:
     """Set the contender up, check a round trip, and time what it does."""
     name, size, min_time, values, output = sys.argv[1:]
     kind = registry.load(name)
-    count = count_for(kind, int(size))
+    most = count_for(kind, int(size), max(kind.threads))
     contender = kind(int(size))
     try:
-        records = [os.urandom(int(size)) for _ in range(count)]
+        records = [os.urandom(int(size)) for _ in range(most)]
         benchmarks = [
             measure(f"{name}/{direction}/{size}/{threads}", work, count, float(min_time), int(values))
-            for (direction, threads), work in works(contender, records).items()
+            for (direction, threads), (work, count) in works(contender, records).items()
         ]
         for benchmark in benchmarks:
             benchmark.update_metadata({"ran_on": describe(contender) or "-"})

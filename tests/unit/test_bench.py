@@ -63,11 +63,11 @@ class Forgetter(Reverser):
 
 
 def test_a_contender_is_timed_in_each_direction_and_number_of_threads() -> None:
-    records = [b"one", b"two", b"three"]
-    works = contender.works(Reverser(3), records)
+    works = contender.works(Reverser(3), [b"one", b"two", b"three"])
     assert set(works) == {("encrypt", 1), ("decrypt", 1), ("encrypt", 2), ("decrypt", 2)}
-    assert works["encrypt", 1]() == [b"eno", b"owt", b"eerht"]
-    assert works["decrypt", 2]() == [[b"one", b"two"], [b"three"]]
+    assert works["encrypt", 1][0]() == [b"eno", b"owt", b"eerht"]
+    assert works["decrypt", 2][0]() == [[b"one", b"two"], [b"three"]]
+    assert {count for _, count in works.values()} == {3}
 
 
 def test_a_contender_that_does_not_give_back_what_went_in_is_not_timed() -> None:
@@ -76,9 +76,10 @@ def test_a_contender_that_does_not_give_back_what_went_in_is_not_timed() -> None
 
 
 def test_a_batch_has_a_record_for_each_thread_and_about_as_many_bytes_at_every_size() -> None:
-    assert contender.count_for(Reverser, 16) == contender.BATCH_RECORDS
-    assert contender.count_for(Reverser, contender.MIB) == 8
-    assert contender.count_for(Reverser, contender.LARGEST) == 2
+    assert contender.count_for(Reverser, 16, 1) == contender.BATCH_RECORDS
+    assert contender.count_for(Reverser, contender.MIB, 2) == 8
+    assert contender.count_for(Reverser, contender.LARGEST, 1) == 1
+    assert contender.count_for(Reverser, contender.LARGEST, 2) == 2
 
 
 def dump(file: Path, **values: list[float]) -> Path:
