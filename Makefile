@@ -126,9 +126,10 @@ fuzz: $(VENV)/.native $(VENV)/.dev  ## Each fuzz target for FUZZ_SECONDS (defaul
 bench: $(VENV)/.native $(VENV)/.dev  ## OpenKCM beside its peers, into docs/benchmarks (ARGS=--quick for a look)
 	@$(BIN)/python bench $(ARGS)
 
-# What concerns OpenKCM alone: tables file to file, probes, and what a neighbour notices.
-bench-more: $(VENV)/.native $(VENV)/.dev  ## Files, probes and neighbours, timed
-	@set -e; for script in tables probes isolation; do echo "== $$script"; $(BIN)/python bench/$$script.py $(ARGS); done
+# What concerns OpenKCM alone; a script each. Not with ARGS, which each would read as its own.
+bench-more: $(VENV)/.native $(VENV)/.dev  ## Files, probes, neighbours, the fallback and very large vaults, timed
+	@set -e; for script in tables probes isolation fallback scale; do \
+	    echo "== $$script"; $(BIN)/python bench/$$script.py; done
 
 wheel: $(VENV)/.dev  ## A wheel for this machine and an sdist, in dist/
 	OPENKCM_BUILD=require $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
