@@ -9,9 +9,9 @@ here. A call works on a run of rows, on its own cipher context; calls on other r
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t, uint32_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcmp, memcpy, memset
+from libc.string cimport memcpy, memset
 
-from .aead cimport BROKEN, DONE, REFUSED, SMALL, RecordCipher
+from .aead cimport BROKEN, DONE, REFUSED, SMALL, RecordCipher, okc_same
 from .cells cimport FOUND, MISSING, Cells, find_cell
 from .gcm cimport Gcm, gcm_begin, gcm_end
 from .openssl cimport *
@@ -181,9 +181,12 @@ cdef int seal_block(RecordCipher cipher, Gcm *context, Run *run, Places places, 
 
 # ---- opening -------------------------------------------------------------------------------------------
 
-def gather_rows(RecordCipher cipher not None, Cells cells not None, Py_ssize_t start, Py_ssize_t stop, uint32_t after):
+def gather_rows(RecordCipher cipher not None, Cells cells not None, Py_ssize_t start, Py_ssize_t stop, uint32_t after,
+                Py_ssize_t most):
     """Collect the middles of this cipher's records of the lowest version above ``after``: (version, packed middles,
     whether there are higher versions), or None. Records that follow each other with one middle give it once.
+
+    With more than ``most`` middles the version is 0, and nothing was collected.
     """
     cdef uint32_t version = 0
     cdef Py_ssize_t count
@@ -192,17 +195,20 @@ def gather_rows(RecordCipher cipher not None, Cells cells not None, Py_ssize_t s
     cdef uint8_t *target
     if not 0 <= start <= stop <= cells.count:
         raise IndexError("no such rows")
-    packed = PyBytes_FromStringAndSize(NULL, (stop - start) * cipher.middle_size)
+    most = min(most, stop - start)
+    packed = PyBytes_FromStringAndSize(NULL, most * cipher.middle_size)
     target = <uint8_t *>PyBytes_AS_STRING(packed)
     with nogil:
-        count = gather(cipher, cells, start, stop, after, &version, &more, target)
+        count = gather(cipher, cells, start, stop, after, most, &version, &more, target)
     if count == 0:
         return None
-    return version, packed if count == stop - start else packed[:count * cipher.middle_size], more
+    if count < 0:
+        return 0, b"", True
+    return version, packed if count == most else packed[:count * cipher.middle_size], more
 
 
 cdef Py_ssize_t gather(RecordCipher cipher, Cells cells, Py_ssize_t start, Py_ssize_t stop, uint32_t after,
-                       uint32_t *version, bint *more, uint8_t *target) noexcept nogil:
+                       Py_ssize_t most, uint32_t *version, bint *more, uint8_t *target) noexcept nogil:
     cdef const uint8_t *data = NULL
     cdef const uint8_t *last = NULL
     cdef Py_ssize_t at, size = 0, piece = 0, count = 0
@@ -224,7 +230,9 @@ cdef Py_ssize_t gather(RecordCipher cipher, Cells cells, Py_ssize_t start, Py_ss
             last = NULL
         version[0] = found
         data = cipher.middle(data)
-        if last == NULL or memcmp(last, data, width) != 0:
+        if last == NULL or not okc_same(last, data, width):
+            if count == most:
+                return -1
             memcpy(target + count * cipher.middle_size, data, width)
             count += 1
         last = data
@@ -298,7 +306,7 @@ cdef int open_range(RecordCipher cipher, Run *run, Places places, Py_ssize_t sta
             status = DONE
             continue
         middle = cipher.middle(run.item.data)
-        if last == NULL or memcmp(last, middle, <size_t>cipher.middle_size) != 0:
+        if last == NULL or not okc_same(last, middle, <size_t>cipher.middle_size):
             number += 1
         last = middle
         if number >= held.count:

@@ -127,10 +127,12 @@ def _by_handle(numbers: dict[int, int], ring: KeyRing) -> dict[int, dict[int, in
 
 
 def gather_rows(
-    cipher: RecordCipher, cells: Cells, start: int, stop: int, after: int
+    cipher: RecordCipher, cells: Cells, start: int, stop: int, after: int, most: int
 ) -> tuple[int, bytes, bool] | None:
     """Collect the middles of this cipher's records of the lowest version above ``after``: (version, packed middles,
     whether there are higher versions), or None. Records that follow each other with one middle give it once.
+
+    With more than ``most`` middles the version is 0, and nothing was collected.
     """
     rows = [cell for cell in _rows(cells, start, stop).values() if cipher.takes(cell)]
     versions = {found for cell in rows if (found := cipher.version(cell)) > after}
@@ -141,6 +143,8 @@ def gather_rows(
     for cell in rows:
         if cipher.version(cell) == version and (middle := cipher.middle(cell)) not in middles[-1:]:
             middles.append(middle)
+    if len(middles) > most:
+        return 0, b"", True
     return version, b"".join(middles), len(versions) > 1
 
 

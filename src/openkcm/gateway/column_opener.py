@@ -67,7 +67,8 @@ class ColumnOpener:
         job.attach(out)
         try:
             if inline:
-                job.share(RUN, lambda start, stop: self._open_inline(job, failures, start, stop))
+                rows = LONG_RUN if self._shares_keys(cells) else RUN
+                job.share(rows, lambda start, stop: self._open_inline(job, failures, start, stop))
             if stored:
                 self._open_stored(job, failures)
             if text:
@@ -89,11 +90,25 @@ class ColumnOpener:
             return error
         return InvalidInput("too short or too long for a record")
 
+    def _shares_keys(self, cells: Cells) -> bool:
+        """Whether the column begins with records that share data keys, so that longer runs are worth trying."""
+        gathered = crypto.gather_rows(self._inline, cells, 0, min(cells.count, RUN), 0, RUN // 8)
+        return gathered is not None and gathered[0] != 0
+
     def _open_inline(self, job: Job, failures: Failures, start: int, stop: int) -> None:
-        """The data keys that a run of envelopes carries: one call for each version among them, so mostly one."""
-        gathered = crypto.gather_rows(self._inline, job.cells, start, stop, 0)
+        """A run of envelopes at once where it carries few data keys, else a part at a time."""
+        if not self._open_run(job, failures, start, stop):
+            for first in range(start, stop, RUN):
+                self._open_run(job, failures, first, min(first + RUN, stop))
+        failures.settle()
+
+    def _open_run(self, job: Job, failures: Failures, start: int, stop: int) -> bool:
+        """One call for each version among the data keys, so mostly one; False if there are more keys than ``RUN``."""
+        gathered = crypto.gather_rows(self._inline, job.cells, start, stop, 0, RUN)
         while gathered is not None:
             version, packed, more = gathered
+            if not version:
+                return False
             keys, failed = self._leases.open(WrappedKeys(Kind.INLINE, version, packed))
             refused = crypto.open_rows(
                 self._inline,
@@ -108,8 +123,8 @@ class ColumnOpener:
             )
             keys.wipe()
             failures.add_all(refused, failed)
-            gathered = crypto.gather_rows(self._inline, job.cells, start, stop, version) if more else None
-        failures.settle()
+            gathered = crypto.gather_rows(self._inline, job.cells, start, stop, version, RUN) if more else None
+        return True
 
     # ---- data keys of subjects -------------------------------------------------------------------------
 
