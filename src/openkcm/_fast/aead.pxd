@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from libc.stdint cimport uint8_t, uint32_t
+from libc.string cimport memcmp
 
 from .batch cimport Batch, Item
 from .gcm cimport Gcm
@@ -17,9 +18,6 @@ cdef enum:
 
 cdef Py_ssize_t MAX_RECORD
 
-cdef extern from "native.h" nogil:
-    bint okc_same(const uint8_t *first, const uint8_t *second, size_t size)
-
 cdef class RecordCipher:
     cdef bytes head, aad
     cdef const uint8_t *head_data
@@ -35,7 +33,7 @@ cdef class RecordCipher:
     cdef inline bint takes(self, const uint8_t *data, Py_ssize_t size) noexcept nogil:
         """Whether bytes have this layout's head and a size that fits it."""
         return (size >= self.overhead() and size - self.overhead() <= MAX_RECORD
-                and okc_same(data, self.head_data, <size_t>self.head_size))
+                and memcmp(data, self.head_data, <size_t>self.head_size) == 0)
 
     cdef inline uint32_t version(self, const uint8_t *data) noexcept nogil:
         data += self.head_size

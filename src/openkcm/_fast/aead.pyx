@@ -390,7 +390,7 @@ cdef class RecordCipher:
         if not PyBytes_CheckExact(blob) or PyBytes_GET_SIZE(blob) < self.overhead():
             return None
         data = <const uint8_t *>PyBytes_AS_STRING(blob)
-        if not okc_same(data, self.head_data, <size_t>self.head_size):
+        if memcmp(data, self.head_data, <size_t>self.head_size) != 0:
             return None
         return PyBytes_FromStringAndSize(<const char *>data + self.head_size, VERSION + self.middle_size)
 
@@ -419,13 +419,13 @@ cdef class RecordCipher:
             data = <const uint8_t *>PyBytes_AS_STRING(blob)
             if first == NULL:
                 first = data
-                if not okc_same(data, self.head_data, <size_t>self.head_size):
+                if memcmp(data, self.head_data, <size_t>self.head_size) != 0:
                     return None
             elif memcmp(data, first, <size_t>(self.head_size + VERSION)) != 0:
                 return None
             data += self.head_size + VERSION
             if (not runs or distinct == 0
-                    or not okc_same(data, target + (distinct - 1) * self.middle_size, <size_t>self.middle_size)):
+                    or memcmp(data, target + (distinct - 1) * self.middle_size, <size_t>self.middle_size) != 0):
                 memcpy(target + distinct * self.middle_size, data, <size_t>self.middle_size)
                 distinct += 1
             if runs:

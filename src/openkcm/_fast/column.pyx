@@ -9,9 +9,9 @@ here. A call works on a run of rows, on its own cipher context; calls on other r
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t, uint32_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memcmp, memcpy, memset
 
-from .aead cimport BROKEN, DONE, REFUSED, SMALL, RecordCipher, okc_same
+from .aead cimport BROKEN, DONE, REFUSED, SMALL, RecordCipher
 from .cells cimport FOUND, MISSING, Cells, find_cell
 from .gcm cimport Gcm, gcm_begin, gcm_end
 from .openssl cimport *
@@ -230,7 +230,7 @@ cdef Py_ssize_t gather(RecordCipher cipher, Cells cells, Py_ssize_t start, Py_ss
             last = NULL
         version[0] = found
         data = cipher.middle(data)
-        if last == NULL or not okc_same(last, data, width):
+        if last == NULL or memcmp(last, data, width) != 0:
             if count == most:
                 return -1
             memcpy(target + count * cipher.middle_size, data, width)
@@ -306,7 +306,7 @@ cdef int open_range(RecordCipher cipher, Run *run, Places places, Py_ssize_t sta
             status = DONE
             continue
         middle = cipher.middle(run.item.data)
-        if last == NULL or not okc_same(last, middle, <size_t>cipher.middle_size):
+        if last == NULL or memcmp(last, middle, <size_t>cipher.middle_size) != 0:
             number += 1
         last = middle
         if number >= held.count:

@@ -115,22 +115,6 @@ static inline int okc_aes256_block(const uint8_t *schedule, const uint8_t *input
 
 #endif
 
-/* Whether two runs of public bytes are the same: heads and wrapped keys of envelopes, too short for a call to pay. Not
- * for tags and secrets, which are compared in constant time. */
-static inline int okc_same(const uint8_t *first, const uint8_t *second, size_t size)
-{
-    uint64_t one, other, differs = 0;
-    if (size < 8)
-        return memcmp(first, second, size) == 0;
-    for (size_t at = 0; at < size; at += 8) {
-        size_t from = at + 8 <= size ? at : size - 8;
-        memcpy(&one, first + from, 8);
-        memcpy(&other, second + from, 8);
-        differs |= one ^ other;
-    }
-    return differs == 0;
-}
-
 static inline int okc_atomic_add(int *value, int amount) { return __atomic_add_fetch(value, amount, __ATOMIC_SEQ_CST); }
 static inline int okc_atomic_get(int *value) { return __atomic_load_n(value, __ATOMIC_SEQ_CST); }
 static inline int okc_atomic_swap(int *value, int next) { return __atomic_exchange_n(value, next, __ATOMIC_SEQ_CST); }

@@ -123,7 +123,9 @@ class ColumnOpener:
             )
             keys.wipe()
             failures.add_all(refused, failed)
-            gathered = crypto.gather_rows(self._inline, job.cells, start, stop, version, RUN) if more else None
+            gathered = (
+                crypto.gather_rows(self._inline, job.cells, start, stop, version, RUN) if more else None
+            )
         return True
 
     # ---- data keys of subjects -------------------------------------------------------------------------
