@@ -13,7 +13,7 @@ from .secret cimport NONCE
 
 cdef enum:
     CHANGED = -2                    # a buffer was written to while it was read
-    NONCES = 256                    # drawn at a time
+    NONCES = 128                    # drawn at a time
     MOST_CONTEXT = 1 << 30
 
 cdef class RowContexts:

@@ -25,8 +25,8 @@ from .sharing import HeldKeys, check_threads, share
 from .sources import Source, read_source
 from .subjects import SubjectKeys
 
-RUN: Final = 448
-"""Rows with a data key each that are worked on at a time: 14 KiB of keys and 32 KiB of wrapped ones."""
+RUN: Final = 512
+"""Rows with a data key each that are worked on at a time: 16 KiB of keys and 36 KiB of wrapped ones."""
 
 LONG_RUN: Final = 2048
 """Rows that share keys."""
