@@ -397,3 +397,24 @@ def test_nothing_secret_is_shown(
     assert tokens
     for secret in (*tokens, tokens[0].rpartition(".")[2], provider.entra.secret, SEALED.hex(), str(SEALED)):
         assert not any(secret in text for text in shown)
+
+
+def test_a_service_on_the_port_of_another_is_not_met_with_its_tenant(provider: AzureKeyVault) -> None:
+    """The SDK keeps the challenge of each host and port; the system gives out a port again."""
+    key = provider.make_key(f"root-{next(names)}")
+    with_old = open_root(key.uri)
+    use(with_old)
+    with_old.close()
+    before, provider.vault_tenant = provider.vault_tenant, str(uuid.uuid4())
+    provider.entra.tenants.insert(0, provider.vault_tenant)
+    try:
+        provider.forget_challenges()  # as its start does
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AZURE_TENANT_ID", provider.vault_tenant)
+            root = open_root(key.uri)
+            use(root)
+            root.close()
+    finally:
+        provider.vault_tenant = before
+        provider.entra.tenants.pop(0)
+        provider.forget_challenges()

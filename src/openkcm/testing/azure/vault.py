@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import tempfile
 import time
 import uuid
@@ -185,6 +186,19 @@ class AzureKeyVault(FakeProvider):
         self._trusted = None
         self._port = self._server.port
         self.entra.host = self.host(managed_hsm=False)
+        self.forget_challenges()
+
+    def forget_challenges(self) -> None:
+        """Have Azure's SDK forget what it was told at this host and port; it remembers that for the process' life.
+
+        Else a service that starts on a port which another had before is met with that one's Entra tenant.
+        """
+        cache = sys.modules.get(
+            "azure.keyvault.keys._shared.http_challenge_cache"
+        )  # the SDK need not be loaded
+        if cache is not None:
+            for managed_hsm in (False, True):
+                cache.remove_challenge_for_url(f"https://{self.host(managed_hsm=managed_hsm)}")
 
     def stop(self) -> None:
         for key in [*self.keys.values(), self.entra]:
