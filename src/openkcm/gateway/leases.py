@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opened data keys that are kept for a moment, where an operator granted an open-lease.
 
-Invariant: a lease begins before its key is opened and ends ``lease`` seconds later; use does not move it. Each use of a
-kept key asks the Core first whether a lease still stands, so that a tenant that went dark, a Core that is out of touch
-or a lease that was taken back ends it. A change of the tenant wipes every kept key at once, and time does where nobody
-comes.
+Invariant: a lease begins before its key is opened and ends ``lease`` seconds later; use does not move it. A kept key
+is used only on the Core's word, not older than ``RECENT_SECONDS``, that a lease still stands, so that a tenant that
+went dark, a Core that is out of touch or a lease that was taken back ends it. A change of the tenant wipes every kept
+key at once, and time does where nobody comes.
 """
 
 from __future__ import annotations
