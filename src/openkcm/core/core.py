@@ -26,7 +26,7 @@ from ..errors import (
 )
 from ..keys import Change, Event, Kind, OpenedKeys, Service, TenantState, WrappedKeys, check_name
 from ..limits import KEY_ID_BYTES
-from . import audit, services, tenants, tombstones
+from . import audit, history, services, tenants, tombstones
 from .data_keys import DataKeys
 from .liveness import MAX_GRACE, Probe
 from .setup import initialise, open_existing
@@ -61,6 +61,7 @@ class Core:
         self._region = region
         self._interval = poll_interval
         self._closed = False
+        self._vault_id = b""
         self._repeaters: list[Repeater] = []
         self._starting = threading.Lock()
         self._know_data_keys()
@@ -366,6 +367,33 @@ class Core:
         """Call ``listener`` on every change, keys being zeroed already, until the returned function is called."""
         self._look()
         return self._vault.listeners.add(listener)
+
+    # ---- what a service around it needs (openkcm.rpc) ------------------------------------------------
+
+    @property
+    def vault_id(self) -> bytes:
+        """The 16 random bytes that this vault was given when it was made; every replica of it has the same."""
+        if not self._vault_id:
+            self._check_open()
+            with self._vault.store.read() as connection:
+                self._vault_id = history.vault_id(connection)
+        return self._vault_id
+
+    def position(self) -> int:
+        """The number of the last audit record that this process has acted on."""
+        self._look()
+        return self._vault.follower.number
+
+    def changes_after(self, position: int) -> list[Event] | None:
+        """The events that stand for all changes after a position; None if they are too many to tell."""
+        self._check_open()
+        return history.changes_after(self._vault.store, position)
+
+    def note(self, act: str, detail: str) -> None:
+        """Write a line of the service's own into the audit record."""
+        self._check_open()
+        with self._vault.store.write() as connection:
+            audit.append(connection, utc_now(), act, detail=detail[:1024])
 
     # ---- inside --------------------------------------------------------------------------------------
 

@@ -36,6 +36,11 @@ class Follower:
         self._number: int | None = None
         self.polled = vault.clock()
 
+    @property
+    def number(self) -> int:
+        """The last audit record up to which everything was acted on; 0 before the first look."""
+        return self._number or 0
+
     def forget(self, tenant: str) -> None:
         """The tenant is dark: whoever uses it next learns its generation anew."""
         self.told.pop(tenant, None)

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Core's data interface over gRPC.
+
+Invariant: that of ``transport``; TLS 1.3 with both certificates verified, or there is no connection. A channel does not
+survive a fork: the child makes its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Final
+
+# See grpc_server: all that TLS can agree on then is 1.3.
+os.environ.setdefault("GRPC_SSL_CIPHER_SUITES", "ECDHE-PSK-CHACHA20-POLY1305")
+import grpc
+
+from ..errors import CoreUnavailable, InternalError, OpenKCMError
+from . import keys_pb2 as pb
+from . import wire
+
+
+OPTIONS: Final = (
+    ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", wire.MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 2_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.enable_retries", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+_RETRYABLE: Final = {
+    grpc.StatusCode.UNAVAILABLE: "the Core at {} does not answer",
+    grpc.StatusCode.DEADLINE_EXCEEDED: "the Core at {} did not answer in time",
+    grpc.StatusCode.RESOURCE_EXHAUSTED: "the Core at {} has more calls than it takes; try again",
+    grpc.StatusCode.CANCELLED: "the connection to the Core at {} was closed",
+}
+
+
+class GrpcTransport:
+    """One address of a Core, over gRPC.
+
+    Args:
+        address: ``HOST:PORT``.
+        credentials: private key, certificate chain and roots, each in PEM; asked for when the connection is made.
+        server_name: what the server's certificate must be for, if not the host.
+    """
+
+    def __init__(
+        self, address: str, credentials: Callable[[], tuple[bytes, bytes, bytes]], server_name: str | None = None
+    ) -> None:
+        self.address = address
+        key, chain, roots = credentials()
+        options: list[tuple[str, str | int]] = [*OPTIONS]
+        if server_name is not None:
+            options.append(("grpc.ssl_target_name_override", server_name))
+        self._channel = grpc.secure_channel(
+            address, grpc.ssl_channel_credentials(roots, key, chain), options=options
+        )
+        self._calls: dict[str, grpc.UnaryUnaryMultiCallable] = {}
+
+    def call(self, method: str, request: bytes, seconds: float) -> bytes:
+        """As ``Transport.call``."""
+        call = self._calls.get(method)
+        if call is None:
+            call = self._calls[method] = self._channel.unary_unary(f"/{wire.SERVICE_NAME}/{method}")
+        try:
+            answer: bytes = call(request, timeout=seconds)
+            return answer
+        except grpc.RpcError as error:
+            raise self._translated(error) from None
+        except ValueError:
+            raise CoreUnavailable("the connection to the Core was closed", retryable=False) from None
+
+    def stream(self, method: str, request: bytes) -> GrpcStream:
+        """As ``Transport.stream``."""
+        return GrpcStream(self._channel.unary_stream(f"/{wire.SERVICE_NAME}/{method}")(request), self._translated)
+
+    def close(self) -> None:
+        """As ``Transport.close``."""
+        self._channel.close()
+
+    def _translated(self, error: grpc.RpcError) -> OpenKCMError:
+        call: grpc.Call = error  # type: ignore[assignment]  # what gRPC raises is both
+        for key, value in call.trailing_metadata() or ():
+            if key == wire.FAILURE_KEY:
+                return wire.error_of(wire.parse(pb.Failure.FromString, value))
+        advice = _RETRYABLE.get(call.code())
+        if advice is not None:
+            return CoreUnavailable(advice.format(self.address))
+        return InternalError(f"the Core at {self.address} answered with gRPC's {call.code().name}")
+
+
+class GrpcStream:
+    """As ``transport.Stream``."""
+
+    def __init__(self, call: grpc.Call, translated: Callable[[grpc.RpcError], OpenKCMError]) -> None:
+        self._call = call
+        self._translated = translated
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        try:
+            reply: bytes = next(self._call)  # type: ignore[call-overload]
+            return reply
+        except grpc.RpcError as error:
+            raise self._translated(error) from None
+
+    def cancel(self) -> None:
+        """As ``Stream.cancel``."""
+        self._call.cancel()

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gRPC server: turns a transport's calls into those of ``handlers`` and ``streams``.
+
+Invariant: TLS 1.3 with a verified client certificate, or there is no connection; bounded messages, threads and calls; a
+call that fails ends with a code, a Failure and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, Protocol
+
+# gRPC's Python interface cannot set the lowest TLS version. Of TLS 1.2 it is left one cipher suite that takes a
+# pre-shared key, which nobody here has, so that TLS 1.3 is all that can be agreed on. To be set before gRPC is loaded.
+os.environ.setdefault("GRPC_SSL_CIPHER_SUITES", "ECDHE-PSK-CHACHA20-POLY1305")
+import grpc
+
+from ..errors import AccessDenied, CoreUnavailable, OpenKCMError
+from . import wire
+from .handlers import KeyHandlers
+from .peer import Peer, Peers
+from .streams import Streams
+from . import keys_pb2 as pb
+
+logger = logging.getLogger("openkcm.rpc")
+
+THREADS: Final = 16
+MOST_CALLS: Final = 256
+"""Calls under way and waiting; more are turned away at once with RESOURCE_EXHAUSTED."""
+
+OPTIONS: Final = (
+    ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", wire.MAX_MESSAGE_BYTES),
+    ("grpc.max_metadata_size", 16 * 1024),
+    ("grpc.max_concurrent_streams", 256),
+    ("grpc.so_reuseport", 0),
+    ("grpc.server_handshake_timeout_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+
+_STATUS: Final[Mapping[str, grpc.StatusCode]] = {
+    "invalid_input": grpc.StatusCode.INVALID_ARGUMENT,
+    "format": grpc.StatusCode.INVALID_ARGUMENT,
+    "decrypt": grpc.StatusCode.INVALID_ARGUMENT,
+    "limit_exceeded": grpc.StatusCode.OUT_OF_RANGE,
+    "key_not_found": grpc.StatusCode.NOT_FOUND,
+    "tenant_not_found": grpc.StatusCode.NOT_FOUND,
+    "service_not_found": grpc.StatusCode.NOT_FOUND,
+    "already_exists": grpc.StatusCode.ALREADY_EXISTS,
+    "key_disabled": grpc.StatusCode.FAILED_PRECONDITION,
+    "tenant_dark": grpc.StatusCode.FAILED_PRECONDITION,
+    "key_destroyed": grpc.StatusCode.FAILED_PRECONDITION,
+    "access_denied": grpc.StatusCode.PERMISSION_DENIED,
+    "channel_expired": grpc.StatusCode.UNAUTHENTICATED,
+}
+
+
+class Handlers(Protocol):
+    """One gRPC service: its methods by name, and how a call is carried out."""
+
+    methods: Mapping[str, Any]
+
+    def call(self, name: str, peer: Peer, data: bytes) -> bytes:
+        """A request's bytes in, a reply's bytes out."""
+
+
+def status_of(error: BaseException) -> grpc.StatusCode:
+    """The code of an error for those who know gRPC and not us."""
+    if not isinstance(error, OpenKCMError):
+        return grpc.StatusCode.INTERNAL
+    if error.retryable and error.code not in _STATUS:
+        return grpc.StatusCode.UNAVAILABLE
+    return _STATUS.get(error.code, grpc.StatusCode.INTERNAL)
+
+
+def abort(context: grpc.ServicerContext, error: BaseException) -> None:
+    """End a call with an error."""
+    failure = wire.failure_of(error)
+    context.set_trailing_metadata(((wire.FAILURE_KEY, failure.SerializeToString()),))
+    context.abort(status_of(error), failure.message)
+
+
+class Identifier:
+    """Tells who makes a call."""
+
+    def __init__(self) -> None:
+        self._peers = Peers()
+
+    def __call__(self, context: grpc.ServicerContext) -> Peer:
+        """The peer of a call, by the certificate that TLS has verified."""
+        certificate = context.auth_context().get("x509_pem_cert")
+        if not certificate:
+            raise AccessDenied(wire.REFUSED)
+        return self._peers.read(certificate[0], context.peer())
+
+
+def unary_handlers(service: str, handlers: Handlers, who: Identifier) -> grpc.GenericRpcHandler:
+    """A gRPC service of unary calls, bytes to bytes."""
+
+    def behaviour(name: str) -> Callable[[bytes, grpc.ServicerContext], bytes]:
+        def call(data: bytes, context: grpc.ServicerContext) -> bytes:
+            try:
+                return handlers.call(name, who(context), data)
+            except Exception as error:
+                abort(context, error)
+                raise AssertionError from None  # abort has raised
+
+        return call
+
+    methods = {name: grpc.unary_unary_rpc_method_handler(behaviour(name)) for name in handlers.methods}
+    return grpc.method_handlers_generic_handler(service, methods)
+
+
+class WatchHandler(grpc.GenericRpcHandler):
+    """The watch stream, on threads of its own: a thousand Gateways that listen must not keep one from asking."""
+
+    def __init__(self, handlers: KeyHandlers, streams: Streams, who: Identifier, threads: ThreadPoolExecutor) -> None:
+        self._handlers = handlers
+        self._streams = streams
+        self._who = who
+
+        def watch(data: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+            return self._watch(data, context)
+
+        watch.experimental_non_blocking = False  # type: ignore[attr-defined]
+        watch.experimental_thread_pool = threads  # type: ignore[attr-defined]
+        self._handler = grpc.unary_stream_rpc_method_handler(watch)
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        """The handler of a call, if it is this one."""
+        return self._handler if details.method == f"/{wire.SERVICE_NAME}/Watch" else None
+
+    def _watch(self, data: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        try:
+            peer = self._who(context)
+            self._handlers.check_peer(peer)
+            subscriber = self._streams.open(peer, wire.parse(pb.WatchRequest.FromString, data))
+        except Exception as error:
+            self._handlers.refused(error, "Watch", context.peer())
+            abort(context, error)
+            return
+        context.add_callback(subscriber.close)
+        try:
+            while (reply := subscriber.take()) is not None:
+                self._handlers.check_peer(peer)
+                yield reply.SerializeToString()
+        except AccessDenied as error:
+            abort(context, error)
+        finally:
+            self._streams.drop(subscriber)
+
+
+def make_server(
+    handlers: Sequence[grpc.GenericRpcHandler], *, threads: int = THREADS, most_calls: int = MOST_CALLS
+) -> grpc.Server:
+    """A gRPC server with the bounds that all of ours have."""
+    return grpc.server(
+        ThreadPoolExecutor(threads, thread_name_prefix="openkcm-call"),
+        handlers=handlers,
+        options=OPTIONS,
+        maximum_concurrent_rpcs=most_calls,
+    )
+
+
+def server_credentials(
+    fetch: Callable[[], tuple[bytes, bytes, bytes]],
+) -> grpc.ServerCredentials:
+    """Credentials that are asked for anew at each handshake, so that certificates can be replaced.
+
+    Args:
+        fetch: the private key, the certificate chain and the roots of clients, each in PEM.
+    """
+    last = fetch()
+
+    def configuration(parts: tuple[bytes, bytes, bytes]) -> Any:
+        key, chain, roots = parts
+        return grpc.ssl_server_certificate_configuration([(key, chain)], roots)
+
+    def changed() -> Any:
+        nonlocal last
+        now = fetch()
+        if now == last:
+            return None
+        last = now
+        return configuration(now)
+
+    return grpc.dynamic_ssl_server_credentials(configuration(last), changed, True)
+
+
+def listen(server: grpc.Server, address: str, credentials: grpc.ServerCredentials) -> int:
+    """Have a server listen; returns its port.
+
+    Raises:
+        CoreUnavailable: the address is taken, or not this machine's.
+    """
+    try:
+        port = server.add_secure_port(address, credentials)
+    except RuntimeError:
+        port = 0
+    if not port:
+        raise CoreUnavailable(f"{address} cannot be listened on; is it in use?", retryable=False)
+    return int(port)

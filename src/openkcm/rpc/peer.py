@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who is at the other end of a connection, by its certificate.
+
+Invariant: a Peer is made only of a certificate that TLS has verified on this connection; whether it is still good is
+asked again at every call, because connections outlive certificates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from ..errors import AccessDenied, OpenKCMError
+from ..identity import identity_of
+from .wire import REFUSED
+
+_KNOWN: Final = 8192
+"""Certificates whose reading is remembered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """One end of a connection.
+
+    ``leaf`` is its certificate in DER, ``fingerprint`` the SHA-256 of that, ``until`` the moment (Unix time) at which
+    it expires, ``address`` where it called from, for the log.
+    """
+
+    identity: str
+    leaf: bytes
+    fingerprint: bytes
+    until: float
+    address: str = ""
+
+    def check_time(self, now: Callable[[], float] = time.time) -> None:
+        """Raise AccessDenied if the certificate has expired since the connection was made."""
+        if now() >= self.until:
+            raise AccessDenied(REFUSED)
+
+
+class Peers:
+    """Reads certificates, each once."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, Peer] = {}
+
+    def read(self, certificate: bytes, address: str = "") -> Peer:
+        """The peer of a verified certificate, PEM or DER.
+
+        Raises:
+            AccessDenied: it does not say, or not clearly, who its bearer is.
+        """
+        known = self._known.get(certificate)
+        if known is None:
+            known = _read(certificate, address)
+            if len(self._known) >= _KNOWN:
+                self._known.clear()
+            self._known[certificate] = known
+        return known
+
+
+def _read(certificate: bytes, address: str) -> Peer:
+    try:
+        if certificate.startswith(b"-----"):
+            parsed = x509.load_pem_x509_certificate(certificate)
+        else:
+            parsed = x509.load_der_x509_certificate(certificate)
+        leaf = parsed.public_bytes(Encoding.DER)
+        identity = identity_of(parsed)
+    except (ValueError, OpenKCMError):
+        raise AccessDenied(REFUSED) from None
+    return Peer(
+        identity, leaf, hashlib.sha256(leaf).digest(), parsed.not_valid_after_utc.timestamp(), address
+    )

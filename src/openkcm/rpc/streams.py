@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The watch streams of a Core: every Gateway hears of every change of what it may use, wherever the change was made.
+
+Invariant: what a stream has called its position was told on it, or on the one it continues, before. A position is a
+number of the audit chain, which all replicas share and every change has a record in; a stream may thus go on at any
+replica. It trails by ``LAG_SECONDS``, so that a change is told twice rather than never.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from ..core import Core
+from ..errors import AccessDenied, LimitExceeded
+from ..keys import Change, Event
+from . import keys_pb2 as pb
+from . import wire
+from .peer import Peer
+
+HEARTBEAT_SECONDS: Final = 0.25
+LAG_SECONDS: Final = 2.0
+MOST_WAITING: Final = 10_000
+"""Events that wait for a slow peer; one that falls further behind must drop all it holds."""
+MOST_IDS: Final = 16_384
+
+
+class Subscriber:
+    """One stream: what waits to be told on it."""
+
+    def __init__(self, streams: Streams, peer: Peer, allows: Callable[[str], bool]) -> None:
+        self._streams = streams
+        self.peer = peer
+        self._allows = allows
+        self._wake = threading.Condition()
+        self._waiting: deque[Event] = deque()
+        self._reset = False
+        self._closed = False
+
+    def add(self, event: Event) -> None:
+        """Have an event told, if the peer may hear of its tenant."""
+        if not self._allows(event.tenant):
+            return
+        with self._wake:
+            if len(self._waiting) >= MOST_WAITING:
+                self._waiting.clear()
+                self._reset = True
+            else:
+                self._waiting.append(event)
+            self._wake.notify()
+
+    def reset(self) -> None:
+        """Have the peer drop everything it holds."""
+        with self._wake:
+            self._reset = True
+            self._wake.notify()
+
+    def close(self) -> None:
+        """End the stream."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+
+    def take(self, seconds: float = HEARTBEAT_SECONDS) -> pb.WatchReply | None:
+        """What to send next, after ``seconds`` at the latest; None when the stream has ended."""
+        position = self._streams.position()  # before what waits is looked at
+        with self._wake:
+            if not self._waiting and not self._reset and not self._closed:
+                self._wake.wait(seconds)
+            if self._closed:
+                return None
+            events, reset = list(self._waiting), self._reset
+            self._waiting.clear()
+            self._reset = False
+        return pb.WatchReply(
+            vault=self._streams.vault_id,
+            position=position,
+            heartbeat=round(HEARTBEAT_SECONDS * 1000),
+            reset=reset,
+            events=[_message(event) for event in events],
+        )
+
+
+class Streams:
+    """The streams of one process.
+
+    Args:
+        core: whose changes.
+        most: streams at a time; more are refused.
+    """
+
+    def __init__(self, core: Core, most: int = 1000) -> None:
+        self._core = core
+        self._most = most
+        self._lock = threading.Lock()
+        self._subscribers: set[Subscriber] = set()
+        self._positions: deque[tuple[float, int]] = deque()
+        self.vault_id = core.vault_id
+        self._unwatch = core.watch(self._tell)
+        self._grants = core.access.version
+
+    def open(self, peer: Peer, request: pb.WatchRequest) -> Subscriber:
+        """Begin a stream, with what the peer missed since its position told first.
+
+        Raises:
+            AccessDenied: the peer has no grant at all.
+            LimitExceeded: there are too many streams.
+        """
+        access = self._core.access
+        if not access.known(peer.identity):
+            raise AccessDenied(wire.REFUSED)
+
+        def allows(tenant: str) -> bool:
+            return access.sees(peer.identity, tenant)
+
+        subscriber = Subscriber(self, peer, allows)
+        with self._lock:
+            if len(self._subscribers) >= self._most:
+                raise LimitExceeded("this Core has as many watch streams as it takes; try another")
+            self._subscribers.add(subscriber)
+        # Only now, being told already of what comes: what came before.
+        missed = self._missed(request)
+        if missed is None:
+            subscriber.reset()
+        else:
+            for event in missed:
+                subscriber.add(event)
+        return subscriber
+
+    def drop(self, subscriber: Subscriber) -> None:
+        """A stream has ended."""
+        with self._lock:
+            self._subscribers.discard(subscriber)
+
+    def close(self) -> None:
+        """End every stream."""
+        self._unwatch()
+        with self._lock:
+            subscribers = list(self._subscribers)
+        for each in subscribers:
+            each.close()
+
+    def position(self) -> int:
+        """Up to which record of the audit chain everything was told."""
+        now, latest = time.monotonic(), self._core.position()
+        if (version := self._core.access.version) != self._grants:
+            self._grants = version
+            self._reset_all()  # who may hear of what has changed
+        with self._lock:
+            positions = self._positions
+            if not positions or positions[-1][1] != latest:
+                positions.append((now, latest))
+            while len(positions) > 1 and positions[1][0] <= now - LAG_SECONDS:
+                positions.popleft()
+            first = positions[0]
+            return first[1] if first[0] <= now - LAG_SECONDS else max(first[1] - 1, 0)
+
+    def _reset_all(self) -> None:
+        with self._lock:
+            subscribers = list(self._subscribers)
+        for each in subscribers:
+            each.reset()
+
+    def _missed(self, request: pb.WatchRequest) -> list[Event] | None:
+        if not request.vault:
+            return []  # a Gateway that holds nothing yet
+        if request.vault != self.vault_id:
+            return None
+        return self._core.changes_after(request.position)
+
+    def _tell(self, event: Event) -> None:
+        with self._lock:
+            subscribers = list(self._subscribers)
+        for each in subscribers:
+            each.add(event)
+
+
+def _message(event: Event) -> pb.ChangeEvent:
+    ids = event.key_ids
+    if len(ids) > MOST_IDS:
+        # Too many to name: the service's keys are to be opened anew.
+        return pb.ChangeEvent(
+            change=Change.ROTATED.value, tenant=event.tenant, service_id=event.service_id
+        )
+    return pb.ChangeEvent(
+        change=event.change.value, tenant=event.tenant, service_id=event.service_id, key_ids=b"".join(ids)
+    )

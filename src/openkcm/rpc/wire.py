@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Between the vocabulary and the messages of ``keys.proto``; both ends use it.
+
+Invariant: an error crosses as its code and a message that was written for callers; what may name a path, an address or
+a setting of the Core's machine crosses as its class alone. What a peer sends is checked here before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final, TypeVar
+
+from ..errors import (
+    AccessDenied,
+    ConfigurationError,
+    DecryptError,
+    FormatError,
+    InternalError,
+    InvalidInput,
+    KeyDisabled,
+    OpenKCMError,
+    SecretMemoryError,
+    Unavailable,
+)
+from ..keys import Kind, WrappedKeys, check_name
+from ..limits import KEY_ID_BYTES, MAX_KEYS_PER_CALL, SERVICE_ID_BYTES, WRAPPED_KEY_BYTES
+from . import keys_pb2 as pb
+
+T = TypeVar("T")
+
+SERVICE_NAME: Final = "openkcm.v1.Keys"
+
+PROTOCOL_VERSIONS: Final = (1, 1)
+"""The lowest and the highest protocol version that this build speaks."""
+
+NONCE_BYTES: Final = 16
+"""What makes each unwrap's answer its own."""
+
+FAILURE_KEY: Final = "openkcm-failure-bin"
+"""The trailing metadata that carries a Failure."""
+
+MAX_MESSAGE_BYTES: Final = MAX_KEYS_PER_CALL * (WRAPPED_KEY_BYTES + KEY_ID_BYTES) + 65_536
+"""The largest message there is: a full batch of stored keys, its names and framing."""
+
+REFUSED: Final = "this identity may not do that here"
+"""Whatever exists or does not: who may not ask is told nothing else."""
+
+
+def _every_class(base: type[OpenKCMError]) -> Iterable[type[OpenKCMError]]:
+    yield base
+    for each in base.__subclasses__():
+        yield from _every_class(each)
+
+
+CLASSES: Final[Mapping[str, type[OpenKCMError]]] = {
+    each.code: each for each in _every_class(OpenKCMError) if each.__module__ == OpenKCMError.__module__
+}
+
+_PLAIN: Final = {
+    ConfigurationError: "the Core is not set up for this; its log says what is wrong",
+    SecretMemoryError: "the Core has no secret memory left for this; its log says more",
+    InternalError: "the Core failed; its log says more",
+    Unavailable: "something that the Core needs does not answer; its log says what",
+}
+"""What is told of errors whose messages are for the operator of the Core."""
+
+
+def failure_of(error: BaseException) -> pb.Failure:
+    """What a peer is told of an error."""
+    if not isinstance(error, OpenKCMError) or error.code not in CLASSES:
+        error = InternalError()
+    if isinstance(error, (AccessDenied, KeyDisabled)) and error.code in ("root_denied", "root_disabled"):
+        # Roots are the tenant's own, but how the Core reaches them is not the Gateway's business.
+        return pb.Failure(code="tenant_dark", message="the tenant's root refuses", retryable=False)
+    message = next((text for kind, text in _PLAIN.items() if isinstance(error, kind)), str(error))
+    return pb.Failure(code=error.code, message=message[:1024], retryable=error.retryable)
+
+
+def error_of(failure: pb.Failure, index: int | None = None) -> OpenKCMError:
+    """The error that a peer told of; an unknown code is our own bug or a newer Core's."""
+    kind = CLASSES.get(failure.code, InternalError)
+    if kind is DecryptError:
+        return DecryptError(index=index)
+    return kind(failure.message or None, index=index, retryable=failure.retryable)
+
+
+def pack_failures(failures: Mapping[int, OpenKCMError]) -> list[pb.PositionFailure]:
+    """One message for all positions that failed alike."""
+    alike: dict[tuple[str, str], pb.PositionFailure] = {}
+    for at, error in failures.items():
+        place = (error.code, str(error))
+        known = alike.get(place)
+        if known is None:
+            known = alike[place] = pb.PositionFailure(failure=failure_of(error))
+        known.positions.append(at)
+    return list(alike.values())
+
+
+def unpack_failures(packed: Iterable[pb.PositionFailure], count: int) -> dict[int, OpenKCMError]:
+    """The error of each position.
+
+    Raises:
+        FormatError: a position outside the batch.
+    """
+    failures: dict[int, OpenKCMError] = {}
+    for each in packed:
+        for at in each.positions:
+            if at >= count:
+                raise FormatError("the Core's answer names a position outside the batch")
+            failures[at] = error_of(each.failure)
+    return failures
+
+
+def parse(parser: Callable[[bytes], T], data: bytes) -> T:
+    """Parse a message; FormatError where it is none."""
+    from google.protobuf.message import DecodeError
+
+    try:
+        return parser(data)
+    except DecodeError:
+        raise FormatError("not a well-formed message of this protocol") from None
+
+
+def check_service(name: pb.ServiceName) -> pb.ServiceName:
+    """Check the parts of a service's name."""
+    check_name(name.tenant, "tenant")
+    check_name(name.service, "service")
+    if len(name.service_id) != SERVICE_ID_BYTES:
+        raise InvalidInput(f"a service id has {SERVICE_ID_BYTES} bytes")
+    return name
+
+
+def kind_of(number: int) -> Kind:
+    """Check a kind of envelope."""
+    try:
+        return Kind(number)
+    except ValueError:
+        raise InvalidInput("no such kind of data key") from None
+
+
+def wrapped_of(kind: int, version: int, wrapped: bytes, ids: bytes) -> WrappedKeys:
+    """Check packed wrapped keys."""
+    if not 1 <= version < 2**32:
+        raise InvalidInput("a service key version is 1 to 2**32 - 1")
+    return WrappedKeys(kind_of(kind), version, wrapped, ids)
+
+
+_BOUND: Final = struct.Struct(">4sB12sII")
+
+
+def wrap_bound(session: bytes, service_id: bytes, kind: int, ids: bytes) -> bytes:
+    """The associated data of data keys on their way to be wrapped: for which service, kind and ids."""
+    return _BOUND.pack(b"wrap", kind, service_id, 0, len(ids)) + session + hashlib.sha256(ids).digest()
+
+
+def unwrap_bound(session: bytes, nonce: bytes, service_id: bytes, wrapped: WrappedKeys) -> bytes:
+    """The associated data of opened data keys on their way back: the answer to this very question."""
+    asked = hashlib.sha256(wrapped.wrapped)
+    asked.update(wrapped.ids)
+    head = _BOUND.pack(b"open", wrapped.kind, service_id, wrapped.version, len(wrapped.ids))
+    return head + session + nonce + asked.digest()
