@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration of a Core that serves: one TOML file.
+
+Invariant: it is checked whole before anything is opened, and every mistake is told at once; a setting that is not known
+is a mistake, so that a mistyped limit cannot quietly be none.
+
+::
+
+    store = "postgresql://core@db.example/openkcm"
+    seal = "/etc/openkcm/vault.seal"
+    region = "eu-central"
+
+    [tls]
+    certificate = "core.pem"         # the chain, its own first
+    key = "core.key"
+    clients = "clients.pem"          # authorities that Gateways' certificates must come from
+
+    [listen]
+    data = "0.0.0.0:7443"
+    admin = "127.0.0.1:7445"
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from ..core.core import MAX_PROBE, MIN_PROBE, POLL_SECONDS
+from ..core.liveness import MAX_GRACE
+from ..core.vault import GRACE_SECONDS, PROBE_SECONDS
+from ..errors import ConfigurationError, OpenKCMError
+from ..keys import check_name
+from .endpoint import host_of
+
+
+@dataclass(frozen=True, slots=True)
+class ServerTLS:
+    """Where the server's certificate, its key and its clients' authorities lie."""
+
+    certificate: Path
+    key: Path
+    clients: Path
+
+    def pem(self) -> tuple[bytes, bytes, bytes]:
+        """Key, chain and authorities as they stand in the files."""
+        return self.key.read_bytes(), self.certificate.read_bytes(), self.clients.read_bytes()
+
+
+@dataclass(frozen=True, slots=True)
+class Listen:
+    """Addresses, ``HOST:PORT``: of the data interface, the same over gRPC, and the administrative interface."""
+
+    data: str = ""
+    grpc: str = ""
+    admin: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds: connections, watch streams, calls under way and waiting, threads that carry them out."""
+
+    connections: int = 5000
+    streams: int = 1000
+    calls: int = 256
+    threads: int = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """All of it; seconds where a time is meant."""
+
+    store: str
+    region: str
+    tls: ServerTLS
+    seal: Path | None = None
+    listen: Listen = field(default_factory=Listen)
+    limits: Limits = field(default_factory=Limits)
+    probe_interval: float = PROBE_SECONDS
+    grace: float = GRACE_SECONDS
+    poll_interval: float = POLL_SECONDS
+    drain: float = 10.0
+    log: str = "json"
+    level: str = "info"
+
+
+class _Reader:
+    """Takes settings out of a table, and notes what is wrong with them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.mistakes: list[str] = []
+
+    def take(self, table: dict[str, Any], name: str, check: Callable[[Any], Any], default: Any = None) -> Any:
+        """A setting by its name, checked; ``default`` where it is missing or wrong."""
+        key = name.rsplit(".", 1)[-1]
+        if key not in table:
+            if default is None:
+                self.mistakes.append(f"{name} is missing")
+            return default
+        try:
+            return check(table.pop(key))
+        except (OpenKCMError, ValueError, TypeError) as error:
+            self.mistakes.append(f"{name}: {error}")
+            return default
+
+    def table(self, table: dict[str, Any], name: str) -> dict[str, Any]:
+        """A table of settings; an empty one where there is none."""
+        found = table.pop(name, {})
+        if isinstance(found, dict):
+            return found
+        self.mistakes.append(f"{name} is a table: [{name}]")
+        return {}
+
+    def rest(self, table: dict[str, Any], prefix: str = "") -> None:
+        """Note what nobody took."""
+        self.mistakes += [f"{prefix}{key} is not a setting" for key in table]
+
+    def path(self, value: Any) -> Path:
+        """A file, relative to the configuration's folder."""
+        path = self._folder / text(value)
+        if not path.is_file():
+            raise ValueError(f"there is no file {path}")
+        return path
+
+
+def text(value: Any) -> str:
+    """Text that is not empty."""
+    if not isinstance(value, str) or not value:
+        raise ValueError("is text, in quotes")
+    return value
+
+
+def address(value: Any) -> str:
+    """HOST:PORT."""
+    host_of(text(value))
+    return text(value)
+
+
+def number(low: float, high: float, kind: type = float) -> Callable[[Any], Any]:
+    """A check for a number within bounds."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not low <= value <= high:
+            what = "a whole number" if kind is int else "a number"
+            raise ValueError(f"is {what} from {low:g} to {high:g}")
+        return kind(value)
+
+    return check
+
+
+def one_of(*choices: str) -> Callable[[Any], str]:
+    """A check for one of these words."""
+
+    def check(value: Any) -> str:
+        if value not in choices:
+            raise ValueError(f"is one of {', '.join(choices)}")
+        return str(value)
+
+    return check
+
+
+_TIMES: Final = {
+    "probe_interval": (MIN_PROBE, MAX_PROBE, PROBE_SECONDS),
+    "grace": (0.0, MAX_GRACE, GRACE_SECONDS),
+    "poll_interval": (0.01, 1.0, POLL_SECONDS),
+    "drain": (0.0, 600.0, 10.0),
+}
+_BOUNDS: Final = {"connections": 100_000, "streams": 100_000, "calls": 65_536, "threads": 512}
+
+
+def read_config(path: Path) -> ServeConfig:
+    """Read and check a configuration file.
+
+    Raises:
+        ConfigurationError: with every mistake that is in it.
+    """
+    try:
+        document = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} is not TOML: {error}") from None
+    reader = _Reader(path.absolute().parent)
+    config = _read(reader, document)
+    if reader.mistakes:
+        raise ConfigurationError(f"{path}: " + "; ".join(reader.mistakes))
+    return config
+
+
+def _read(reader: _Reader, document: dict[str, Any]) -> ServeConfig:
+    take = reader.take
+    tls, listen, limits = (reader.table(document, name) for name in ("tls", "listen", "limits"))
+    files = [take(tls, f"tls.{name}", reader.path) for name in ("certificate", "key", "clients")]
+    addresses = {
+        name: take(listen, f"listen.{name}", address, "") for name in ("data", "grpc", "admin")
+    }
+    if not any(addresses.values()):
+        reader.mistakes.append("listen.data is missing")
+    bounds = {
+        name: take(limits, f"limits.{name}", number(1, most, int), getattr(Limits(), name))
+        for name, most in _BOUNDS.items()
+    }
+    times = {
+        name: take(document, name, number(low, high), default) for name, (low, high, default) in _TIMES.items()
+    }
+    config = ServeConfig(
+        store=take(document, "store", text),
+        region=take(document, "region", lambda value: check_name(value, "region")),
+        seal=take(document, "seal", reader.path, False) or None,
+        tls=ServerTLS(*files),
+        listen=Listen(**addresses),
+        limits=Limits(**bounds),
+        log=take(document, "log", one_of("json", "text"), "json"),
+        level=take(document, "level", one_of("debug", "info", "warning", "error"), "info"),
+        **times,
+    )
+    reader.rest(tls, "tls.")
+    reader.rest(listen, "listen.")
+    reader.rest(limits, "limits.")
+    reader.rest(document)
+    return config
