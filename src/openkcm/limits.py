@@ -53,3 +53,9 @@ MAX_SEGMENTS: Final = 2**32
 
 STREAM_NONCE_BYTES: Final = 19
 """Random part of a stream's XAES nonce; a 4-byte counter and a last-segment byte complete it."""
+
+CHANNEL_COUNTER_BYTES: Final = 8
+"""In front of each message of the inner channel; the nonce is made from it."""
+
+MAX_CHANNEL_MESSAGES: Final = 2**32
+"""Messages a session key seals: the counter cannot repeat, and this keeps the blocks of one key below 2**43."""

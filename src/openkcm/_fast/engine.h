@@ -20,7 +20,9 @@
 #include <stdint.h>
 #include <string.h>
 #include <openssl/crypto.h>
+#include <openssl/err.h>
 #include <openssl/evp.h>
+#include <openssl/kdf.h>
 #include <openssl/rand.h>
 
 /* musl has none, and the address sanitizer refuses it: a library's own symbols are found first if it was linked so. */
@@ -37,7 +39,12 @@
     X(EVP_CIPHER_CTX_get_params)                                                                              \
     X(EVP_EncryptInit_ex) X(EVP_EncryptUpdate) X(EVP_EncryptFinal_ex)                                         \
     X(EVP_DecryptInit_ex) X(EVP_DecryptUpdate) X(EVP_DecryptFinal_ex)                                         \
-    X(RAND_bytes) X(RAND_priv_bytes)
+    X(RAND_bytes) X(RAND_priv_bytes)                                                                          \
+    X(EVP_PKEY_new_raw_private_key) X(EVP_PKEY_new_raw_public_key) X(EVP_PKEY_get_raw_public_key)             \
+    X(EVP_PKEY_free) X(EVP_PKEY_CTX_new) X(EVP_PKEY_CTX_free)                                                 \
+    X(EVP_PKEY_derive_init) X(EVP_PKEY_derive_set_peer) X(EVP_PKEY_derive)                                    \
+    X(EVP_KDF_fetch) X(EVP_KDF_free) X(EVP_KDF_CTX_new) X(EVP_KDF_CTX_free) X(EVP_KDF_derive)                 \
+    X(ERR_clear_error)
 
 #define OKC_MEMBER(name) __typeof__(name) *name;
 typedef struct { OKC_LIBCRYPTO(OKC_MEMBER) } okc_libcrypto;

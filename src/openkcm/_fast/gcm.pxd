@@ -48,3 +48,7 @@ cdef int gcm_open_end(Gcm *cipher, const uint8_t *tag) noexcept nogil
 # Random bytes of the libcrypto in use: public ones, and from the generator kept for keys.
 cdef int random_public(uint8_t *output, int size) noexcept nogil
 cdef int random_private(uint8_t *output, int size) noexcept nogil
+
+# The libcrypto in use, as engine.h's okc_libcrypto, for what is no cipher; what it leaves is wiped by forget().
+cdef const void *libcrypto() noexcept nogil
+cdef void forget() noexcept nogil

@@ -208,6 +208,16 @@ cdef int random_private(uint8_t *output, int size) noexcept nogil:
     return lib.RAND_priv_bytes(output, size)
 
 
+cdef const void *libcrypto() noexcept nogil:
+    return &lib
+
+
+cdef void forget() noexcept nogil:
+    """Wipe what libcrypto's functions left on the stack below the caller, and in vector registers."""
+    okc_wipe_stack()
+    okc_wipe_registers(vectors)
+
+
 # ---- choosing ------------------------------------------------------------------------------------------
 
 def choose(str engine, str libcrypto):

@@ -4,10 +4,15 @@ from libc.stddef cimport size_t
 
 cdef extern from "openssl/core_names.h" nogil:
     const char *OSSL_CIPHER_PARAM_AEAD_TAG
+    const char *OSSL_KDF_PARAM_DIGEST
+    const char *OSSL_KDF_PARAM_KEY
+    const char *OSSL_KDF_PARAM_SALT
+    const char *OSSL_KDF_PARAM_INFO
 
 cdef extern from "openssl/params.h" nogil:
     ctypedef struct OSSL_PARAM:
         pass
+    OSSL_PARAM OSSL_PARAM_construct_utf8_string(const char *name, char *text, size_t size)
     OSSL_PARAM OSSL_PARAM_construct_octet_string(const char *name, void *data, size_t size)
     OSSL_PARAM OSSL_PARAM_construct_end()
 
@@ -17,8 +22,18 @@ cdef extern from "openssl/evp.h" nogil:
     ctypedef struct EVP_CIPHER_CTX:
         pass
 
+    ctypedef struct EVP_PKEY:
+        pass
+    ctypedef struct EVP_PKEY_CTX:
+        pass
+    ctypedef struct EVP_KDF:
+        pass
+    ctypedef struct EVP_KDF_CTX:
+        pass
+
     enum:
         EVP_CTRL_AEAD_SET_TAG
+        EVP_PKEY_X25519
 
 cdef extern from "openssl/rand.h" nogil:
     int RAND_bytes(unsigned char *output, int size)

@@ -20,6 +20,7 @@ cdef enum:
     WRAPPED = 72
     KEY_ID = 16
     COMMITMENT = 32
+    MOST_KEYS = 16384
 
 cdef class Secret:
     cdef Slot slot
@@ -46,5 +47,8 @@ cdef object limit_error()
 cdef object decrypt_error()
 cdef object memory_error()
 cdef object internal_error()
+cdef object configuration_error()
+
+cdef int random_fill(uint8_t *target, size_t size, bint private) except -1
 
 cdef int next_nonce(uint8_t *nonce) noexcept nogil

@@ -22,7 +22,6 @@ cdef extern from "unistd.h" nogil:
 
 cdef enum:
     NONCES = 340                    # record nonces drawn at a time for single calls
-    MOST_KEYS = 16384
 
 cdef uint8_t[NONCES * NONCE] nonces
 cdef int nonces_left = 0
@@ -32,12 +31,13 @@ cdef unsigned long nonces_born = 0
 # ---- errors, given by the facade because nothing of ours is imported here ---------------------------------
 
 cdef dict errors = {"invalid": ValueError, "limit": ValueError, "decrypt": ValueError,
-                    "memory": MemoryError, "internal": RuntimeError}
+                    "memory": MemoryError, "internal": RuntimeError, "configuration": RuntimeError}
 
 
-def install_errors(*, invalid, limit, decrypt, memory, internal):
+def install_errors(*, invalid, limit, decrypt, memory, internal, configuration):
     """Set the exception classes that the native layer raises."""
-    errors.update(invalid=invalid, limit=limit, decrypt=decrypt, memory=memory, internal=internal)
+    errors.update(invalid=invalid, limit=limit, decrypt=decrypt, memory=memory, internal=internal,
+                  configuration=configuration)
 
 
 cdef object invalid_error():
@@ -58,6 +58,10 @@ cdef object memory_error():
 
 cdef object internal_error():
     return errors["internal"]
+
+
+cdef object configuration_error():
+    return errors["configuration"]
 
 
 # ---- handles -------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import (
     BackendUnavailable,
+    ConfigurationError,
     DecryptError,
     InternalError,
     InvalidInput,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     )
     from .pure_arrow import export_array, export_schema, read_array, read_stream
     from .pure_cells import Cells, Memory, Places, Table
+    from .pure_channel import Channel, ChannelOffer, offer_channel, open_keys, seal_keys
     from .pure_columns import (
         KeyRing,
         RowContexts,
@@ -64,6 +66,8 @@ __all__ = [
     "OFFSETS",
     "VIEWS",
     "Cells",
+    "Channel",
+    "ChannelOffer",
     "FlatRows",
     "KeyRing",
     "Memory",
@@ -83,6 +87,8 @@ __all__ = [
     "generate_wrapping_key",
     "import_keys",
     "import_wrapping_key",
+    "offer_channel",
+    "open_keys",
     "open_named",
     "open_rows",
     "random_bytes",
@@ -90,6 +96,7 @@ __all__ = [
     "read_stream",
     "read_wrapping_key",
     "rewrap_many",
+    "seal_keys",
     "seal_named",
     "seal_rows",
     "secret_memory_info",
@@ -104,10 +111,13 @@ __all__ = [
 _COMMON: Final = ("CODES", "FIXED", "NOTHING", "OFFSETS", "VIEWS", "Part", "backend_info")
 """What does not come from a backend."""
 _FAST_MODULES: Final = (
-    *("secret", "wrapping", "aead", "rows", "stream"),
+    *("secret", "wrapping", "aead", "rows", "stream", "channel"),
     *("cells", "places", "table", "ring", "run", "column", "arrow"),
 )
-_PRIVATE: Final = ("native_info", "_gcm_open", "_gcm_seal", "_xaes_open", "_xaes_seal")
+_PRIVATE: Final = (
+    *("native_info", "_gcm_open", "_gcm_seal", "_xaes_open", "_xaes_seal"),
+    *("_hkdf", "_offer_of", "_skip_to", "_x25519"),
+)
 
 
 def _load_fast() -> dict[str, Any]:
@@ -124,6 +134,7 @@ def _load_fast() -> dict[str, Any]:
         decrypt=DecryptError,
         memory=SecretMemoryError,
         internal=InternalError,
+        configuration=ConfigurationError,
     )
     names = {name: value for module in (secret, wrapping, *others) for name, value in vars(module).items()}
     return names | {"native_info": lambda: wrapping.native_info() | engine}
@@ -137,14 +148,14 @@ def _aes_wanted() -> str:
 
 
 def _load_python() -> dict[str, Any]:
-    from . import pure, pure_arrow, pure_cells, pure_columns, pure_records, pure_rows
+    from . import pure, pure_arrow, pure_cells, pure_channel, pure_columns, pure_records, pure_rows
 
     if _aes_wanted() == "ipsec-mb" or os.environ.get("OPENKCM_LIBCRYPTO"):
         raise BackendUnavailable(
             "OPENKCM_AES=ipsec-mb and OPENKCM_LIBCRYPTO choose for the native backend; "
             "the Python backend always uses the OpenSSL inside `cryptography`"
         )
-    modules = (pure, pure_records, pure_rows, pure_arrow, pure_cells, pure_columns)
+    modules = (pure, pure_records, pure_rows, pure_arrow, pure_cells, pure_columns, pure_channel)
     return {name: value for module in modules for name, value in vars(module).items()}
 
 
