@@ -36,6 +36,12 @@ MAX_CONTEXT_BYTES: Final = 64 * 1024
 MAX_NAME_BYTES: Final = 128
 """A tenant, service or region name."""
 
+MAX_IDENTITY_BYTES: Final = 512
+"""A caller's identity, which is ASCII: what a grant's column holds. SPIFFE allows 2048, which nobody uses."""
+
+MAX_TRUST_DOMAIN_BYTES: Final = 255
+"""A SPIFFE trust domain (SPIFFE-ID, section 2.3)."""
+
 MAX_SUBJECT_BYTES: Final = 1024
 """A subject's name in UTF-8."""
 

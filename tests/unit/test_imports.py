@@ -18,7 +18,7 @@ import openkcm.errors
 
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "openkcm"
 
-VOCABULARY = {"clock", "errors", "limits", "keys", "context", "envelope"}
+VOCABULARY = {"clock", "errors", "limits", "keys", "context", "envelope", "identity"}
 # What a part may import besides itself. Core and Gateway do not know each other.
 MAY_IMPORT = {
     "_fast": set(),
@@ -30,8 +30,9 @@ MAY_IMPORT = {
     "gateway": VOCABULARY | {"sqlite", "crypto"},
     # Customers' roots to test against: a user of them needs no Core.
     "testing": VOCABULARY | {"roots"},
+    "pki": VOCABULARY,
     "rpc": VOCABULARY | {"crypto", "roots", "core", "gateway"},
-    "cli": VOCABULARY | {"crypto", "roots", "core", "gateway", "rpc", ""},
+    "cli": VOCABULARY | {"crypto", "roots", "core", "gateway", "rpc", "pki", ""},
     # The package itself: the errors and the vocabulary at once, the rest when a name is first used.
     "": {"errors", "keys"},
 }
