@@ -60,6 +60,7 @@ from .errors import (
     AccessDenied,
     AlreadyExists,
     BackendUnavailable,
+    ChannelExpired,
     ConfigurationError,
     CoreUnavailable,
     DecryptError,
@@ -92,15 +93,19 @@ if TYPE_CHECKING:
     from .crypto import backend_info
     from .gateway import Column, DataKeyPolicy, Gateway, KeyStore, PoolPolicy, ServiceHandle
     from .roots import Root, open_root
+    from .rpc.client import RemoteCore
+    from .rpc.connect import TLS, connect
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "TLS",
     "AccessDenied",
     "AlreadyExists",
     "AuditRecord",
     "BackendUnavailable",
     "Change",
+    "ChannelExpired",
     "Column",
     "ConfigurationError",
     "Core",
@@ -123,6 +128,7 @@ __all__ = [
     "OpenKCMError",
     "PoolPolicy",
     "Probe",
+    "RemoteCore",
     "Root",
     "RootDenied",
     "RootDestroyed",
@@ -145,6 +151,7 @@ __all__ = [
     "Unavailable",
     "__version__",
     "backend_info",
+    "connect",
     "open_root",
 ]
 
@@ -156,6 +163,8 @@ _HOMES: Final = {
         ("Column", "DataKeyPolicy", "Gateway", "KeyStore", "PoolPolicy", "ServiceHandle"), ".gateway"
     ),
     **dict.fromkeys(("Root", "open_root"), ".roots"),
+    **dict.fromkeys(("TLS", "connect"), ".rpc.connect"),
+    "RemoteCore": ".rpc.client",
     "backend_info": ".crypto",
 }
 """Where the names live that are imported on first use (PEP 562)."""

@@ -31,6 +31,7 @@ can succeed later without anybody changing anything.
     │   ├── RootUnavailable
     │   │   └── RootThrottled          it answers "too many requests"
     │   ├── CoreUnavailable
+    │   │   └── ChannelExpired         the session for data keys is over; a client agrees on another by itself
     │   └── StoreUnavailable           database locked, read-only, full or broken
     ├── SecretMemoryError              no lockable memory, or a wiped, foreign or corrupted handle
     └── InternalError                  our bug; please report it
@@ -215,6 +216,13 @@ class CoreUnavailable(Unavailable):
     """The Core does not answer, or was closed."""
 
     code = "core_unavailable"
+
+
+class ChannelExpired(CoreUnavailable):
+    """The session under which data keys crossed is not known to the Core (any more); agree on a new one."""
+
+    code = "channel_expired"
+    default = "the session for data keys is over; agree on a new one"
 
 
 class StoreUnavailable(Unavailable):

@@ -42,6 +42,7 @@ PUBLIC = {
     *("Core", "Probe", "TenantStatus", "ServiceStatus", "ServiceKeyStatus", "AuditRecord"),
     *("Gateway", "ServiceHandle", "Column", "DataKeyPolicy", "PoolPolicy", "KeyStore"),
     *("KeyService", "Service", "Event", "Change", "Kind", "KeyState", "TenantState"),
+    *("connect", "RemoteCore", "TLS"),
     *("Root", "open_root", "backend_info", "__version__"),
 }
 
