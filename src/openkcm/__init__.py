@@ -47,6 +47,9 @@ kill, restore
     An operator's switch: a killed tenant is dark until it is restored, and its root agrees.
 open-lease
     For how long a Gateway may keep a data key that was opened for it, counted from then; none by default.
+identity, grant
+    Who a caller over the network is, from its certificate; and what it may do with a service, which is nothing until
+    an operator grants it.
 shred
     Destroy a key, and with it whatever it encrypted, for good.
 """
@@ -86,10 +89,20 @@ from .errors import (
     TenantNotFound,
     Unavailable,
 )
-from .keys import Change, Event, KeyService, KeyState, Kind, Service, TenantState
+from .keys import Change, Event, KeyService, KeyState, Kind, Service, TenantState, Verb
 
 if TYPE_CHECKING:
-    from .core import AuditRecord, Core, Probe, ServiceKeyStatus, ServiceStatus, TenantStatus
+    from .core import (
+        AuditRecord,
+        Core,
+        Grant,
+        Grants,
+        Probe,
+        RevokedCertificate,
+        ServiceKeyStatus,
+        ServiceStatus,
+        TenantStatus,
+    )
     from .crypto import backend_info
     from .gateway import Column, DataKeyPolicy, Gateway, KeyStore, PoolPolicy, ServiceHandle
     from .roots import Root, open_root
@@ -115,6 +128,8 @@ __all__ = [
     "Event",
     "FormatError",
     "Gateway",
+    "Grant",
+    "Grants",
     "InternalError",
     "InvalidInput",
     "KeyDestroyed",
@@ -129,6 +144,7 @@ __all__ = [
     "PoolPolicy",
     "Probe",
     "RemoteCore",
+    "RevokedCertificate",
     "Root",
     "RootDenied",
     "RootDestroyed",
@@ -149,6 +165,7 @@ __all__ = [
     "TenantState",
     "TenantStatus",
     "Unavailable",
+    "Verb",
     "__version__",
     "backend_info",
     "connect",
@@ -157,7 +174,11 @@ __all__ = [
 
 _HOMES: Final = {
     **dict.fromkeys(
-        ("AuditRecord", "Core", "Probe", "ServiceKeyStatus", "ServiceStatus", "TenantStatus"), ".core"
+        (
+            *("AuditRecord", "Core", "Grant", "Grants", "Probe", "RevokedCertificate"),
+            *("ServiceKeyStatus", "ServiceStatus", "TenantStatus"),
+        ),
+        ".core",
     ),
     **dict.fromkeys(
         ("Column", "DataKeyPolicy", "Gateway", "KeyStore", "PoolPolicy", "ServiceHandle"), ".gateway"

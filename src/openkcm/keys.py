@@ -63,6 +63,19 @@ class TenantState(enum.StrEnum):
     DARK = "dark"
 
 
+class Verb(enum.StrEnum):
+    """What an identity may be granted. None includes another: who may only administer can neither wrap nor unwrap."""
+
+    WRAP = "wrap"
+    UNWRAP = "unwrap"
+    SHRED = "shred"
+    ADMINISTER = "administer"
+
+
+EVERY: Final = "*"
+"""In a grant, every tenant or every service; no name is spelt so."""
+
+
 def check_name(value: object, what: str) -> str:
     """Return ``value`` if it is a usable tenant, service or region name.
 

@@ -40,6 +40,7 @@ ERRORS = {name for name, value in vars(openkcm.errors).items() if isinstance(val
 PUBLIC = {
     *ERRORS,
     *("Core", "Probe", "TenantStatus", "ServiceStatus", "ServiceKeyStatus", "AuditRecord"),
+    *("Grant", "Grants", "RevokedCertificate", "Verb"),
     *("Gateway", "ServiceHandle", "Column", "DataKeyPolicy", "PoolPolicy", "KeyStore"),
     *("KeyService", "Service", "Event", "Change", "Kind", "KeyState", "TenantState"),
     *("connect", "RemoteCore", "TLS"),
@@ -142,8 +143,8 @@ def test_native_sources_know_nothing_of_ours() -> None:
 
 
 def test_bytes_are_laid_out_in_one_place() -> None:
-    # Besides the two that own the formats: the algorithms' own counters, and what only a digest reads.
-    packs = {"envelope.py", "context.py"}
+    # Besides those that own the formats: the algorithms' own counters, and what only a digest reads.
+    packs = {"envelope.py", "context.py", "rpc/wire.py"}
     cuts = {*packs, "crypto/pure.py"}  # a run of keys or nonces into equal pieces, which is no layout
     converts = {*packs, "core/audit.py", *(name for name in modules() if name.startswith("crypto/"))}
     for module in modules():

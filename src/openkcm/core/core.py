@@ -19,7 +19,6 @@ from typing import Final
 from ..clock import awake_clock, utc_now
 from ..crypto import SecretKeys
 from ..errors import (
-    CoreUnavailable,
     InvalidInput,
     OpenKCMError,
     StoreUnavailable,
@@ -27,6 +26,7 @@ from ..errors import (
 from ..keys import Change, Event, Kind, OpenedKeys, Service, TenantState, WrappedKeys, check_name
 from ..limits import KEY_ID_BYTES
 from . import audit, history, services, tenants, tombstones
+from .access import Access
 from .data_keys import DataKeys
 from .liveness import MAX_GRACE, Probe
 from .setup import initialise, open_existing
@@ -49,7 +49,7 @@ many, and sooner than the slack that a probe has."""
 DEFAULT_URL: Final = "sqlite:///vault.db"
 
 
-class Core:
+class Core(Access):
     """An embedded Core: a vault in a database file, its seal key beside it.
 
     Make one with ``Core.open``. It is safe for threads; after ``fork`` the child's Core reopens keys through
@@ -57,12 +57,10 @@ class Core:
     """
 
     def __init__(self, vault: Vault, region: str, poll_interval: float) -> None:
-        self._vault = vault
+        super().__init__(vault, poll_interval)
         self._region = region
-        self._interval = poll_interval
-        self._closed = False
         self._vault_id = b""
-        self._repeaters: list[Repeater] = []
+        self._repeaters: list[Repeater[Core]] = []
         self._starting = threading.Lock()
         self._know_data_keys()
         _instances.add(self)
@@ -120,6 +118,7 @@ class Core:
         self._closed = True
         for repeater in self._repeaters:
             repeater.stop()
+        self._stop_access()
         self._vault.close()
 
     def __enter__(self) -> Core:
@@ -402,10 +401,6 @@ class Core:
         if not self._closed:
             self._vault.follower.poll()
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise CoreUnavailable("this Core was closed", retryable=False)
-
     def _look(self) -> None:
         """Before keys are used: make sure that changes by other processes are seen in time."""
         self._check_open()
@@ -427,6 +422,7 @@ class Core:
         self._repeaters = []
         self._starting = threading.Lock()
         self._know_data_keys()
+        self._forget_access()
 
     def _know_data_keys(self) -> None:
         self._tombstones = tombstones.Tombstones(self._vault.store)

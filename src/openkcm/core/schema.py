@@ -24,7 +24,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-HEAD: Final = "0003"
+HEAD: Final = "0004"
 """The newest Alembic revision that this build knows."""
 
 metadata: Final = MetaData()
@@ -99,6 +99,29 @@ shredded_keys = Table(
     Column("service_id", LargeBinary(12), primary_key=True),
     Column("key_id", LargeBinary(16), primary_key=True),
     Column("shredded_at", String(32), nullable=False),
+)
+
+# Who may do what over the network; "*" is every tenant, or every service.
+grants = Table(
+    "grants",
+    metadata,
+    Column("identity", String(512), primary_key=True),
+    Column("tenant", String(128), primary_key=True),
+    Column("service", String(128), primary_key=True),
+    Column("verb", String(16), primary_key=True),
+    Column("created_at", String(32), nullable=False),
+)
+
+revoked_certificates = Table(
+    "revoked_certificates",
+    metadata,
+    # SHA-256 of the whole certificate, and of its signed part; the latter is empty where only the former was told.
+    Column("fingerprint", LargeBinary(32), primary_key=True),
+    Column("signed", LargeBinary(32), nullable=False),
+    Column("identity", String(512), nullable=False),
+    Column("serial", String(64), nullable=False),
+    Column("reason", String(256), nullable=False),
+    Column("revoked_at", String(32), nullable=False),
 )
 
 audit = Table(

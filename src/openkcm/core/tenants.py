@@ -145,6 +145,8 @@ def unlink(vault: Vault, tenant: str, at: str) -> None:
         with vault.store.write() as connection:
             linked_region(connection, tenant)
             _delete_keys(connection, tenant)
+            # Who is linked under this name later is somebody else.
+            connection.execute(schema.grants.delete().where(schema.grants.c.tenant == tenant))
             change_tenant(connection, tenant, at, state=UNLINKED, reason="unlinked")
             audit.append(connection, at, "unlink", tenant)
     except BaseException:

@@ -12,13 +12,12 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Generic, TypeVar
 
 from ..errors import OpenKCMError
 from ..keys import Event
 
-if TYPE_CHECKING:
-    from .core import Core
+T = TypeVar("T")
 
 logger = logging.getLogger("openkcm")
 
@@ -59,15 +58,15 @@ class Listeners:
                 logger.exception("a Gateway failed to act on a %s event", event.change)
 
 
-class Repeater:
-    """A daemon thread that has the Core do something over and over.
+class Repeater(Generic[T]):
+    """A daemon thread that has a Core do something over and over.
 
     Args:
         act: does it, and returns the seconds to wait before the next time.
         first: the seconds to wait before the first time.
     """
 
-    def __init__(self, core: Core, name: str, act: Callable[[Core], float], first: float) -> None:
+    def __init__(self, core: T, name: str, act: Callable[[T], float], first: float) -> None:
         self._core = weakref.ref(core)
         self._name = name
         self._act = act

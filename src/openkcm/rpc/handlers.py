@@ -91,7 +91,7 @@ class KeyHandlers:
     def check_peer(self, peer: Peer) -> None:
         """Raise AccessDenied if the peer's certificate has expired or was revoked."""
         peer.check_time()
-        if self.core.access.is_revoked(peer.fingerprint):
+        if self.core.access.is_revoked(*peer.fingerprints):
             raise AccessDenied(wire.REFUSED)
 
     def may_any(self, peer: Peer, tenant: str, service: str) -> bool:

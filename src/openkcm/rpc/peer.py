@@ -7,7 +7,6 @@ asked again at every call, because connections outlive certificates.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from ..errors import AccessDenied, OpenKCMError
-from ..identity import identity_of
+from ..identity import fingerprints_of, identity_of
 from .wire import REFUSED
 
 _KNOWN: Final = 8192
@@ -28,13 +27,13 @@ _KNOWN: Final = 8192
 class Peer:
     """One end of a connection.
 
-    ``leaf`` is its certificate in DER, ``fingerprint`` the SHA-256 of that, ``until`` the moment (Unix time) at which
+    ``leaf`` is its certificate in DER, ``fingerprints`` what it can be revoked by, ``until`` the moment (Unix time) at which
     it expires, ``address`` where it called from, for the log.
     """
 
     identity: str
     leaf: bytes
-    fingerprint: bytes
+    fingerprints: tuple[bytes, bytes]
     until: float
     address: str = ""
 
@@ -76,5 +75,5 @@ def _read(certificate: bytes, address: str) -> Peer:
     except (ValueError, OpenKCMError):
         raise AccessDenied(REFUSED) from None
     return Peer(
-        identity, leaf, hashlib.sha256(leaf).digest(), parsed.not_valid_after_utc.timestamp(), address
+        identity, leaf, fingerprints_of(parsed), parsed.not_valid_after_utc.timestamp(), address
     )

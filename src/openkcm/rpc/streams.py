@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Final
 
 from ..core import Core
+from ..core.grants import EVERY
 from ..errors import AccessDenied, LimitExceeded
 from ..keys import Change, Event
 from . import keys_pb2 as pb
@@ -42,8 +43,11 @@ class Subscriber:
 
     def add(self, event: Event) -> None:
         """Have an event told, if the peer may hear of its tenant."""
-        if not self._allows(event.tenant):
-            return
+        if self._allows(event.tenant):
+            self.put(event)
+
+    def put(self, event: Event) -> None:
+        """Have an event told; one of no tenant is about every tenant that the peer holds keys of."""
         with self._wake:
             if len(self._waiting) >= MOST_WAITING:
                 self._waiting.clear()
@@ -100,7 +104,7 @@ class Streams:
         self._positions: deque[tuple[float, int]] = deque()
         self.vault_id = core.vault_id
         self._unwatch = core.watch(self._tell)
-        self._grants = core.access.version
+        self._grants = core.access.changes
 
     def open(self, peer: Peer, request: pb.WatchRequest) -> Subscriber:
         """Begin a stream, with what the peer missed since its position told first.
@@ -110,7 +114,7 @@ class Streams:
             LimitExceeded: there are too many streams.
         """
         access = self._core.access
-        if not access.known(peer.identity):
+        if not access.sees(peer.identity, EVERY):
             raise AccessDenied(wire.REFUSED)
 
         def allows(tenant: str) -> bool:
@@ -146,9 +150,9 @@ class Streams:
     def position(self) -> int:
         """Up to which record of the audit chain everything was told."""
         now, latest = time.monotonic(), self._core.position()
-        if (version := self._core.access.version) != self._grants:
+        if (version := self._core.access.changes) != self._grants:
             self._grants = version
-            self._reset_all()  # who may hear of what has changed
+            self._renew_all()  # who may hear of what has changed, and somebody may have to let go of keys
         with self._lock:
             positions = self._positions
             if not positions or positions[-1][1] != latest:
@@ -158,11 +162,11 @@ class Streams:
             first = positions[0]
             return first[1] if first[0] <= now - LAG_SECONDS else max(first[1] - 1, 0)
 
-    def _reset_all(self) -> None:
+    def _renew_all(self) -> None:
         with self._lock:
             subscribers = list(self._subscribers)
         for each in subscribers:
-            each.reset()
+            each.put(Event(Change.ROTATED, ""))
 
     def _missed(self, request: pb.WatchRequest) -> list[Event] | None:
         if not request.vault:
