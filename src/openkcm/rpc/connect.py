@@ -11,14 +11,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from ..errors import InvalidInput
 from .client import RemoteCore
-from .endpoint import host_of
 from .session import Credentials
+from .transport import Transport
 
-DEFAULT_PORT: Final = 7443
+GRPC: Final = "grpc://"
+"""What stands before an address that is to be reached over gRPC."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +70,17 @@ def connect(addresses: str | Sequence[str], *, tls: TLS, deadline: float = 5.0) 
     if not isinstance(tls, TLS):
         raise InvalidInput("tls is an openkcm.TLS(certificate=..., key=..., roots=...)")
     wanted = [addresses] if isinstance(addresses, str) else list(addresses)
-    for each in wanted:
-        host_of(each)
+    return RemoteCore(
+        wanted,
+        lambda address: _transport(address, tls),
+        tls.load(),
+        server_name=tls.server_name,
+        deadline=deadline,
+    )
 
-    def connector(address: str) -> Any:
-        from .grpc_client import GrpcTransport  # gRPC itself only when it is needed, and in the process that needs it
 
-        return GrpcTransport(address, tls.pem, tls.server_name)
+def _transport(address: str, tls: TLS) -> Transport:
+    # gRPC itself only when it is needed, and in the process that needs it: it does not survive a fork.
+    from .grpc_client import GrpcTransport
 
-    return RemoteCore(wanted, connector, tls.load(), server_name=tls.server_name, deadline=deadline)
+    return GrpcTransport(address.removeprefix(GRPC), tls.pem, tls.server_name)

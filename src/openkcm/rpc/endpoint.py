@@ -157,7 +157,7 @@ def host_of(address: str) -> str:
     Raises:
         InvalidInput: it is neither.
     """
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not colon or not host or not port.isdecimal() or not 0 <= int(port) < 65536:
         raise InvalidInput(f"a Core's address is HOST:PORT, not {address!r}")
     return host[1:-1] if host.startswith("[") and host.endswith("]") else host
