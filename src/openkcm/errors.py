@@ -31,8 +31,8 @@ can succeed later without anybody changing anything.
     │   ├── RootUnavailable
     │   │   └── RootThrottled          it answers "too many requests"
     │   ├── CoreUnavailable
-    │   │   └── ChannelExpired         the session for data keys is over; a client agrees on another by itself
     │   └── StoreUnavailable           database locked, read-only, full or broken
+    ├── ChannelExpired                 the session with the Core is over; a new one is agreed on by itself
     ├── SecretMemoryError              no lockable memory, or a wiped, foreign or corrupted handle
     └── InternalError                  our bug; please report it
 """
@@ -218,17 +218,18 @@ class CoreUnavailable(Unavailable):
     code = "core_unavailable"
 
 
-class ChannelExpired(CoreUnavailable):
-    """The session under which data keys crossed is not known to the Core (any more); agree on a new one."""
-
-    code = "channel_expired"
-    default = "the session for data keys is over; agree on a new one"
-
-
 class StoreUnavailable(Unavailable):
     """The database is locked, read-only, full or damaged; what was acknowledged before is safe."""
 
     code = "store_unavailable"
+
+
+class ChannelExpired(OpenKCMError):
+    """The Core knows no such session of this peer, or not any more; a Gateway agrees on a new one by itself."""
+
+    code = "channel_expired"
+    retryable = True
+    default = "no such session, or not any more; agree on a new one"
 
 
 class SecretMemoryError(OpenKCMError):

@@ -106,8 +106,10 @@ def unary_handlers(service: str, handlers: Handlers, who: Identifier) -> grpc.Ge
             try:
                 return handlers.call(name, who(context), data)
             except Exception as error:
-                abort(context, error)
-                raise AssertionError from None  # abort has raised
+                failed = error
+            # Not in the handler above: what gRPC prints of an abort would show the error that led to it.
+            abort(context, failed)
+            raise AssertionError  # abort has raised
 
         return call
 
@@ -135,12 +137,13 @@ class WatchHandler(grpc.GenericRpcHandler):
         return self._handler if details.method == f"/{wire.SERVICE_NAME}/Watch" else None
 
     def _watch(self, data: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        peer = None
         try:
             peer = self._who(context)
             self._handlers.check_peer(peer)
             subscriber = self._streams.open(peer, wire.parse(pb.WatchRequest.FromString, data))
         except Exception as error:
-            self._handlers.refused(error, "Watch", context.peer())
+            self._handlers.refused(error, "Watch", peer)
             abort(context, error)
             return
         context.add_callback(subscriber.close)

@@ -20,7 +20,7 @@ from . import keys_pb2 as pb
 from . import wire
 from .denials import Denials
 from .peer import Peer
-from .session import Credentials, SessionTable, answer
+from .session import ChannelHello, Credentials, SessionTable, answer
 
 logger = logging.getLogger("openkcm.rpc")
 
@@ -77,14 +77,16 @@ class KeyHandlers:
             self.check_peer(peer)
             reply: bytes = method.act(peer, wire.parse(method.parse, data)).SerializeToString()
             return reply
-        except AccessDenied as error:
-            self._denials.note(peer.identity, name, peer.address)
-            raise AccessDenied(wire.REFUSED) if error.code == AccessDenied.code else error from None
-        except OpenKCMError:
+        except Exception as error:
+            self.refused(error, name, peer)
             raise
-        except Exception:
+
+    def refused(self, error: Exception, name: str, peer: Peer | None) -> None:
+        """Note what became of a call: who was refused for the audit record, and our own bugs for the log."""
+        if isinstance(error, AccessDenied):
+            self._denials.note(peer.identity if peer else "", name, peer.address if peer else "")
+        elif not isinstance(error, OpenKCMError):
             logger.exception("%s failed", name)
-            raise
 
     # ---- who may ------------------------------------------------------------------------------------
 
@@ -128,7 +130,25 @@ class KeyHandlers:
     # ---- the calls ----------------------------------------------------------------------------------
 
     def _open_channel(self, peer: Peer, hello: pb.ChannelHello) -> pb.ChannelReply:
-        return answer_hello(self.credentials, self._sessions, peer, hello)
+        said = ChannelHello(
+            hello.lowest_version,
+            hello.highest_version,
+            hello.public_key,
+            tuple(hello.certificates),
+            hello.signature,
+        )
+        reply, channel, leaf = answer(
+            self.credentials, said, peer.leaf, lifetime=self._sessions.lifetime
+        )
+        self._sessions.add(reply.session, channel, leaf)
+        return pb.ChannelReply(
+            version=reply.version,
+            session=reply.session,
+            lifetime=reply.lifetime,
+            public_key=reply.public_key,
+            certificates=reply.certificates,
+            signature=reply.signature,
+        )
 
     def _find_service(self, peer: Peer, request: pb.FindServiceRequest) -> pb.FindServiceReply:
         tenant, service = check_name(request.tenant, "tenant"), check_name(request.service, "service")
@@ -185,10 +205,3 @@ class KeyHandlers:
             raise AccessDenied(wire.REFUSED)
         gone = self.core.shredded(self._service(name), request.ids)
         return pb.FindShreddedReply(ids=b"".join(sorted(gone)))
-
-
-def answer_hello(
-    credentials: Credentials, sessions: SessionTable, peer: Peer, hello: pb.ChannelHello
-) -> pb.ChannelReply:
-    """Agree on a session with a peer; see ``session.answer``."""
-    raise NotImplementedError

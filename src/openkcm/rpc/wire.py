@@ -74,6 +74,8 @@ def failure_of(error: BaseException) -> pb.Failure:
     if isinstance(error, (AccessDenied, KeyDisabled)) and error.code in ("root_denied", "root_disabled"):
         # Roots are the tenant's own, but how the Core reaches them is not the Gateway's business.
         return pb.Failure(code="tenant_dark", message="the tenant's root refuses", retryable=False)
+    if isinstance(error, AccessDenied):
+        return pb.Failure(code=AccessDenied.code, message=REFUSED)
     message = next((text for kind, text in _PLAIN.items() if isinstance(error, kind)), str(error))
     return pb.Failure(code=error.code, message=message[:1024], retryable=error.retryable)
 
