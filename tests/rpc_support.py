@@ -79,7 +79,9 @@ class Site:
         """A server in a process of its own."""
         return Replica(self.config(name, **settings))
 
-    def connect(self, ports: Mapping[str, int] | Sequence[Mapping[str, int]], name: str = "gateway", **options: object) -> openkcm.RemoteCore:
+    def connect(
+        self, ports: Mapping[str, int] | Sequence[Mapping[str, int]], name: str = "gateway", **options: object
+    ) -> openkcm.RemoteCore:
         """A client of servers by their ports."""
         every = [ports] if isinstance(ports, Mapping) else ports
         addresses = [f"grpc://127.0.0.1:{each['grpc']}" for each in every]
@@ -98,7 +100,16 @@ class Replica:
         """Start it, and wait until it listens."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "openkcm.cli", "--json", "serve", "core", "--config", str(self.config)],
+                [
+                    sys.executable,
+                    "-m",
+                    "openkcm.cli",
+                    "--json",
+                    "serve",
+                    "core",
+                    "--config",
+                    str(self.config),
+                ],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env=environment(**more),

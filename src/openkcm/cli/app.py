@@ -17,7 +17,22 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ..errors import OpenKCMError
-from . import crypt, demo, doctor, drill, init, inspect, plan, protect, root, serve, service, shred, status, tenant
+from . import (
+    crypt,
+    demo,
+    doctor,
+    drill,
+    init,
+    inspect,
+    plan,
+    protect,
+    root,
+    serve,
+    service,
+    shred,
+    status,
+    tenant,
+)
 from .commands import JsonOption, QuietOption, ReaderGone, VaultOption, set_globals
 from .exits import ExitCode
 from .output import DEFAULT_VAULT, fail, print_error, settings, silence_stdout

@@ -34,7 +34,8 @@ class JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The record as JSON."""
         line: dict[str, Any] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{record.msecs:03.0f}Z",
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{record.msecs:03.0f}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
@@ -58,7 +59,9 @@ def configure_log(form: str, level: str) -> None:
 
 
 def serve_core(
-    config: Annotated[Path, typer.Option("--config", "-c", metavar="FILE", help="The configuration, in TOML.")],
+    config: Annotated[
+        Path, typer.Option("--config", "-c", metavar="FILE", help="The configuration, in TOML.")
+    ],
     check: Annotated[bool, typer.Option("--check", metavar="", help="Only check the configuration.")] = False,
 ) -> None:
     """Serve a Core's keys to Gateways over mutual TLS.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What has changed since a record of the audit chain, for Gateways that were away.
 
-Invariant: every change that a Gateway must hear of has a record in its transaction, so that nothing between two positions
-is missed; what a tenant went through in between is told as what it is now.
+Invariant: every change that a Gateway must hear of has a record in its transaction, so that nothing between two
+positions is missed; what a tenant went through in between is told as what it is now.
 """
 
 from __future__ import annotations

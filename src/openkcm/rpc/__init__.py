@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Core as a service: what crosses the wire, the server, and the client that a Gateway holds in a Core's place.
 
-Invariant: both ends of every connection are known by certificate (TLS 1.3), what a peer may do is decided before anything
-is looked up, and no data key crosses in plaintext or lies in plaintext on a Python heap.
+Invariant: both ends of every connection are known by certificate (TLS 1.3), what a peer may do is decided before
+anything is looked up, and no data key crosses in plaintext or lies in plaintext on a Python heap.
 """

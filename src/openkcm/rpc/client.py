@@ -30,7 +30,7 @@ from ..errors import (
     SecretMemoryError,
 )
 from ..keys import Change, Event, Kind, OpenedKeys, Service, WrappedKeys, check_name
-from ..limits import KEY_ID_BYTES, MAX_KEYS_PER_CALL, SERVICE_ID_BYTES, WRAPPED_KEY_BYTES
+from ..limits import KEY_ID_BYTES, MAX_KEYS_PER_CALL, SERVICE_ID_BYTES
 from . import keys_pb2 as pb
 from . import wire
 from .endpoint import Endpoint, Endpoints

@@ -139,7 +139,7 @@ def address(value: Any) -> str:
     return text(value)
 
 
-def number(low: float, high: float, kind: type = float) -> Callable[[Any], Any]:
+def number(low: float, high: float, kind: type[int] | type[float] = float) -> Callable[[Any], Any]:
     """A check for a number within bounds."""
 
     def check(value: Any) -> Any:
@@ -194,9 +194,7 @@ def _read(reader: _Reader, document: dict[str, Any]) -> ServeConfig:
     take = reader.take
     tls, listen, limits = (reader.table(document, name) for name in ("tls", "listen", "limits"))
     files = [take(tls, f"tls.{name}", reader.path) for name in ("certificate", "key", "clients")]
-    addresses = {
-        name: take(listen, f"listen.{name}", address, "") for name in ("data", "grpc", "admin")
-    }
+    addresses = {name: take(listen, f"listen.{name}", address, "") for name in ("data", "grpc", "admin")}
     if not any(addresses.values()):
         reader.mistakes.append("listen.data is missing")
     bounds = {
@@ -204,7 +202,8 @@ def _read(reader: _Reader, document: dict[str, Any]) -> ServeConfig:
         for name, most in _BOUNDS.items()
     }
     times = {
-        name: take(document, name, number(low, high), default) for name, (low, high, default) in _TIMES.items()
+        name: take(document, name, number(low, high), default)
+        for name, (low, high, default) in _TIMES.items()
     }
     config = ServeConfig(
         store=take(document, "store", text),

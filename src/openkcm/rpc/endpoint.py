@@ -16,7 +16,7 @@ from typing import Final
 from ..errors import InvalidInput
 from . import keys_pb2 as pb
 from . import wire
-from .session import ChannelHello, ChannelReply, Credentials, Session, begin, finish
+from .session import ChannelReply, Credentials, Session, begin, finish
 from .transport import Connector, Stream, Transport
 
 FIRST_PAUSE_SECONDS: Final = 0.25

@@ -8,7 +8,7 @@ survive a fork: the child makes its own.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Final
 
 # See grpc_server: all that TLS can agree on then is 1.3.
@@ -18,7 +18,7 @@ import grpc
 from ..errors import CoreUnavailable, InternalError, OpenKCMError
 from . import keys_pb2 as pb
 from . import wire
-
+from .transport import Stream
 
 OPTIONS: Final = (
     ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
@@ -50,7 +50,10 @@ class GrpcTransport:
     """
 
     def __init__(
-        self, address: str, credentials: Callable[[], tuple[bytes, bytes, bytes]], server_name: str | None = None
+        self,
+        address: str,
+        credentials: Callable[[], tuple[bytes, bytes, bytes]],
+        server_name: str | None = None,
     ) -> None:
         self.address = address
         key, chain, roots = credentials()
@@ -75,16 +78,18 @@ class GrpcTransport:
         except ValueError:
             raise CoreUnavailable("the connection to the Core was closed", retryable=False) from None
 
-    def stream(self, method: str, request: bytes) -> GrpcStream:
+    def stream(self, method: str, request: bytes) -> Stream:
         """As ``Transport.stream``."""
-        return GrpcStream(self._channel.unary_stream(f"/{wire.SERVICE_NAME}/{method}")(request), self._translated)
+        return GrpcStream(
+            self._channel.unary_stream(f"/{wire.SERVICE_NAME}/{method}")(request), self._translated
+        )
 
     def close(self) -> None:
         """As ``Transport.close``."""
         self._channel.close()
 
     def _translated(self, error: grpc.RpcError) -> OpenKCMError:
-        call: grpc.Call = error  # type: ignore[assignment]  # what gRPC raises is both
+        call: grpc.Call = error  # what gRPC raises is both
         for key, value in call.trailing_metadata() or ():
             if key == wire.FAILURE_KEY:
                 return wire.error_of(wire.parse(pb.Failure.FromString, value))
@@ -101,12 +106,12 @@ class GrpcStream:
         self._call = call
         self._translated = translated
 
-    def __iter__(self) -> Iterator[bytes]:
+    def __iter__(self) -> GrpcStream:
         return self
 
     def __next__(self) -> bytes:
         try:
-            reply: bytes = next(self._call)  # type: ignore[call-overload]
+            reply: bytes = next(self._call)
             return reply
         except grpc.RpcError as error:
             raise self._translated(error) from None

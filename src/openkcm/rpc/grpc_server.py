@@ -19,11 +19,11 @@ os.environ.setdefault("GRPC_SSL_CIPHER_SUITES", "ECDHE-PSK-CHACHA20-POLY1305")
 import grpc
 
 from ..errors import AccessDenied, CoreUnavailable, OpenKCMError
+from . import keys_pb2 as pb
 from . import wire
 from .handlers import KeyHandlers
 from .peer import Peer, Peers
 from .streams import Streams
-from . import keys_pb2 as pb
 
 logger = logging.getLogger("openkcm.rpc")
 
@@ -62,7 +62,9 @@ _STATUS: Final[Mapping[str, grpc.StatusCode]] = {
 class Handlers(Protocol):
     """One gRPC service: its methods by name, and how a call is carried out."""
 
-    methods: Mapping[str, Any]
+    @property
+    def methods(self) -> Mapping[str, Any]:
+        """What can be called."""
 
     def call(self, name: str, peer: Peer, data: bytes) -> bytes:
         """A request's bytes in, a reply's bytes out."""
@@ -117,10 +119,12 @@ def unary_handlers(service: str, handlers: Handlers, who: Identifier) -> grpc.Ge
     return grpc.method_handlers_generic_handler(service, methods)
 
 
-class WatchHandler(grpc.GenericRpcHandler):
+class WatchHandler(grpc.GenericRpcHandler):  # type: ignore[misc]  # gRPC has no types
     """The watch stream, on threads of its own: a thousand Gateways that listen must not keep one from asking."""
 
-    def __init__(self, handlers: KeyHandlers, streams: Streams, who: Identifier, threads: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, handlers: KeyHandlers, streams: Streams, who: Identifier, threads: ThreadPoolExecutor
+    ) -> None:
         self._handlers = handlers
         self._streams = streams
         self._who = who

@@ -44,7 +44,9 @@ class KeyHandlers:
         denials: where refusals are recorded.
     """
 
-    def __init__(self, core: Core, credentials: Credentials, sessions: SessionTable, denials: Denials) -> None:
+    def __init__(
+        self, core: Core, credentials: Credentials, sessions: SessionTable, denials: Denials
+    ) -> None:
         self.core = core
         self.credentials = credentials
         self._sessions = sessions
@@ -137,9 +139,7 @@ class KeyHandlers:
             tuple(hello.certificates),
             hello.signature,
         )
-        reply, channel, leaf = answer(
-            self.credentials, said, peer.leaf, lifetime=self._sessions.lifetime
-        )
+        reply, channel, leaf = answer(self.credentials, said, peer.leaf, lifetime=self._sessions.lifetime)
         self._sessions.add(reply.session, channel, leaf)
         return pb.ChannelReply(
             version=reply.version,

@@ -27,8 +27,8 @@ _KNOWN: Final = 8192
 class Peer:
     """One end of a connection.
 
-    ``leaf`` is its certificate in DER, ``fingerprints`` what it can be revoked by, ``until`` the moment (Unix time) at which
-    it expires, ``address`` where it called from, for the log.
+    ``leaf`` is its certificate in DER, ``fingerprints`` what it can be revoked by, ``until`` the moment (Unix time) at
+    which it expires, ``address`` where it called from, for the log.
     """
 
     identity: str
@@ -74,6 +74,4 @@ def _read(certificate: bytes, address: str) -> Peer:
         identity = identity_of(parsed)
     except (ValueError, OpenKCMError):
         raise AccessDenied(REFUSED) from None
-    return Peer(
-        identity, leaf, fingerprints_of(parsed), parsed.not_valid_after_utc.timestamp(), address
-    )
+    return Peer(identity, leaf, fingerprints_of(parsed), parsed.not_valid_after_utc.timestamp(), address)

@@ -109,5 +109,3 @@ class CoreServer:
         self._servers.append(server)
         self._health.append(servicer)
         return port
-
-

@@ -15,9 +15,8 @@ from collections.abc import Callable
 from typing import Final
 
 from ..core import Core
-from ..core.grants import EVERY
 from ..errors import AccessDenied, LimitExceeded
-from ..keys import Change, Event
+from ..keys import EVERY, Change, Event
 from . import keys_pb2 as pb
 from . import wire
 from .peer import Peer
@@ -186,9 +185,7 @@ def _message(event: Event) -> pb.ChangeEvent:
     ids = event.key_ids
     if len(ids) > MOST_IDS:
         # Too many to name: the service's keys are to be opened anew.
-        return pb.ChangeEvent(
-            change=Change.ROTATED.value, tenant=event.tenant, service_id=event.service_id
-        )
+        return pb.ChangeEvent(change=Change.ROTATED.value, tenant=event.tenant, service_id=event.service_id)
     return pb.ChangeEvent(
         change=event.change.value, tenant=event.tenant, service_id=event.service_id, key_ids=b"".join(ids)
     )

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final, TypeVar
 
+from .. import errors
 from ..errors import (
     AccessDenied,
     ConfigurationError,
@@ -48,14 +49,8 @@ REFUSED: Final = "this identity may not do that here"
 """Whatever exists or does not: who may not ask is told nothing else."""
 
 
-def _every_class(base: type[OpenKCMError]) -> Iterable[type[OpenKCMError]]:
-    yield base
-    for each in base.__subclasses__():
-        yield from _every_class(each)
-
-
 CLASSES: Final[Mapping[str, type[OpenKCMError]]] = {
-    each.code: each for each in _every_class(OpenKCMError) if each.__module__ == OpenKCMError.__module__
+    each.code: each for each in vars(errors).values() if isinstance(each, type)
 }
 
 _PLAIN: Final = {
