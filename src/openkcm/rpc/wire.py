@@ -50,7 +50,9 @@ REFUSED: Final = "this identity may not do that here"
 
 
 CLASSES: Final[Mapping[str, type[OpenKCMError]]] = {
-    each.code: each for each in vars(errors).values() if isinstance(each, type)
+    each.code: each
+    for each in vars(errors).values()
+    if isinstance(each, type) and issubclass(each, OpenKCMError)
 }
 
 _PLAIN: Final = {
