@@ -23,6 +23,7 @@ PANEL: Final = "Global options"
 
 KEYS: Final = "Keys"
 DATA: Final = "Data"
+NETWORK: Final = "Network"
 INSIGHT: Final = "Insight"
 """The groups that the commands are listed in."""
 

@@ -20,7 +20,6 @@ from ..errors import (
     FormatError,
     InternalError,
     InvalidInput,
-    KeyDisabled,
     OpenKCMError,
     SecretMemoryError,
     Unavailable,
@@ -66,15 +65,15 @@ _PLAIN: Final = {
 
 def failure_of(error: BaseException) -> pb.Failure:
     """What a peer is told of an error."""
-    if not isinstance(error, OpenKCMError) or error.code not in CLASSES:
-        error = InternalError()
-    if isinstance(error, (AccessDenied, KeyDisabled)) and error.code in ("root_denied", "root_disabled"):
+    known = isinstance(error, OpenKCMError) and error.code in CLASSES
+    told: OpenKCMError = error if known else InternalError()  # type: ignore[assignment]  # it is one of ours
+    if told.code in ("root_denied", "root_disabled"):
         # Roots are the tenant's own, but how the Core reaches them is not the Gateway's business.
         return pb.Failure(code="tenant_dark", message="the tenant's root refuses", retryable=False)
-    if isinstance(error, AccessDenied):
+    if isinstance(told, AccessDenied):
         return pb.Failure(code=AccessDenied.code, message=REFUSED)
-    message = next((text for kind, text in _PLAIN.items() if isinstance(error, kind)), str(error))
-    return pb.Failure(code=error.code, message=message[:1024], retryable=error.retryable)
+    message = next((text for kind, text in _PLAIN.items() if isinstance(told, kind)), str(told))
+    return pb.Failure(code=told.code, message=message[:1024], retryable=told.retryable)
 
 
 def error_of(failure: pb.Failure, index: int | None = None) -> OpenKCMError:
