@@ -12,7 +12,7 @@ import openkcm
 from openkcm.gateway import ServiceHandle
 from support import make_vault, open_service
 
-pytest_plugins = ["postgres_support", "softhsm"]
+pytest_plugins = ["postgres_support", "softhsm", "valkey_support"]
 
 
 @pytest.fixture
