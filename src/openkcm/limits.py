@@ -26,6 +26,8 @@ WRAPPED_KEY_BYTES: Final = XAES_NONCE_BYTES + KEY_BYTES + TAG_BYTES
 
 KEY_ID_BYTES: Final = 16
 SERVICE_ID_BYTES: Final = 12
+SUBJECT_HASH_BYTES: Final = 32
+"""A subject as a key store knows it: SHA-256."""
 
 MAX_RECORD_BYTES: Final = 2**31 - 1024
 """One record: OpenSSL counts a call's bytes in a C int. Larger data goes through a stream."""

@@ -15,7 +15,7 @@ from types import TracebackType
 
 from ..errors import CoreUnavailable, InvalidInput
 from ..keys import Change, Event, KeyService, check_name
-from .keystore import KeyStore
+from .keystore import KeyStore, open_key_store
 from .policy import DataKeyPolicy, PoolPolicy
 from .service import ServiceHandle
 
@@ -27,12 +27,13 @@ class Gateway:
 
     Args:
         core: a Core, embedded or remote.
-        keys: where named data keys are kept: a path (a SQLite file) or a key store. By default the file beside an
-            embedded vault.
+        keys: where named data keys are kept: a path (a SQLite file), a URL (``postgresql://...``, ``valkey://...``; see
+            ``keystore.open_key_store``) or a key store. By default the file beside an embedded vault.
         policy: how long a data key serves; by default one record.
         pool: how many data keys wait ready for single calls.
 
     Raises:
+        ConfigurationError: the key store's driver is not installed, or the store would lose keys.
         StoreUnavailable: the key store cannot be opened.
     """
 
@@ -140,12 +141,8 @@ def _key_store(core: KeyService, keys: str | os.PathLike[str] | KeyStore | None)
     if keys is None:
         keys = getattr(core, "default_key_store", None)
         if keys is None:
-            raise InvalidInput("name a key store (keys=PATH) for the data keys of subjects")
-    if isinstance(keys, (str, os.PathLike)):
-        from .sqlite_store import SQLiteKeyStore
-
-        return SQLiteKeyStore(keys)
-    return keys
+            raise InvalidInput("name a key store (keys=PATH or URL) for the data keys of subjects")
+    return open_key_store(keys) if isinstance(keys, (str, os.PathLike)) else keys
 
 
 _instances: weakref.WeakSet[Gateway] = weakref.WeakSet()

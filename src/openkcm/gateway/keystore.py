@@ -7,9 +7,34 @@ wins for everybody. A store holds no plaintext key and no subject's name, only a
 
 from __future__ import annotations
 
+import importlib
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol, cast
 
+from ..errors import ConfigurationError, InvalidInput, StoreUnavailable
+from ..limits import KEY_ID_BYTES, MAX_KEYS_PER_CALL, SUBJECT_HASH_BYTES, WRAPPED_KEY_BYTES
+
+WHAT: Final = "the Gateway's key store"
+VERSION: Final = 1
+"""The format of what a store holds, whichever store it is."""
+
+SALT_BYTES: Final = 32
+MAX_VERSION: Final = 2**32 - 1
+
+DAMAGED: Final = (
+    f"{WHAT} holds something that is no key of ours; restore it from a backup, or find who else writes to it"
+)
+REPLACED: Final = (
+    f"{WHAT} was emptied or replaced while it was in use; nothing was added. Restore it, or start the Gateway anew"
+)
+WITHOUT_SALT: Final = (
+    f"{WHAT} has keys but lost the salt that their subjects were hashed with; restore it from a backup"
+)
+OVERTAKEN: Final = (
+    f"{WHAT}: what was to be read or added is changed again and again by others; try once more"
+)
 
 class StoredKey(NamedTuple):
     """A wrapped named data key: 16-byte id, 32-byte subject hash, service key version, 72 bytes wrapped.
@@ -40,10 +65,13 @@ class KeyStore(Protocol):
         """Add keys for subjects that have none; the key that now counts for each subject, by subject hash."""
 
     def rewrap(self, service_id: bytes, keys: Iterable[StoredKey]) -> None:
-        """Put newly wrapped bytes in place of a key's old ones; keys that are gone stay gone."""
+        """Put newly wrapped bytes in place of a key's old ones.
+
+        Keys that are gone stay gone, and a key that is under a newer version already stays as it is.
+        """
 
     def remove(self, service_id: bytes, key_ids: Iterable[bytes]) -> None:
-        """Delete keys, overwriting what held them."""
+        """Delete keys; where the store can, what held them is overwritten."""
 
     def scan(self, service_id: bytes, after: bytes, limit: int) -> list[StoredKey]:
         """Up to ``limit`` keys with ids greater than ``after``, in order."""
@@ -56,3 +84,88 @@ class KeyStore(Protocol):
 
     def close(self) -> None:
         """Close the store."""
+
+
+# ---- opening one ----------------------------------------------------------------------------------------------
+
+_STORES: Final = {
+    **dict.fromkeys(("postgresql", "postgres"), ("postgres_store", "PostgresKeyStore", "psycopg", "postgres")),
+    **dict.fromkeys(
+        ("valkey", "valkeys", "redis", "rediss"), ("valkey_store", "ValkeyKeyStore", "valkey", "valkey")
+    ),
+}
+"""Of each scheme: module, class, the driver it needs, and the extra that brings it."""
+
+_URL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_SQLITE: Final = "sqlite:///"
+
+
+def open_key_store(place: str | os.PathLike[str]) -> KeyStore:
+    """Open the key store at a place, made where there is none; the caller closes it.
+
+    Args:
+        place: a path or ``sqlite:///PATH`` (a SQLite file), ``postgresql://...`` (libpq's URLs, with its parameters),
+            ``valkey://...`` or ``redis://...``, and ``valkeys://...`` or ``rediss://...`` for these over TLS.
+
+    Raises:
+        ConfigurationError: the driver is not installed, or the store is set up so that it would lose keys.
+        InvalidInput: a URL of another kind.
+        StoreUnavailable: it does not answer, refuses us, or holds something else.
+    """
+    found = _URL.match(place) if isinstance(place, str) else None
+    if found is None or found[1].lower() == "sqlite":
+        from .sqlite_store import SQLiteKeyStore
+
+        return SQLiteKeyStore(place if found is None else _sqlite_path(str(place)))
+    if found[1].lower() not in _STORES:
+        # Never the URL itself: there may be a password in it.
+        raise InvalidInput(
+            f"there is no key store of the kind {found[1][:20]}://; use a path, sqlite:///PATH, postgresql://, "
+            "valkey://, valkeys://, redis:// or rediss://"
+        )
+    module, name, driver, extra = _STORES[found[1].lower()]
+    try:
+        importlib.import_module(driver)
+    except ImportError:
+        raise ConfigurationError(
+            f"the driver for {found[1]}:// key stores is not installed: pip install 'openkcm[{extra}]'"
+        ) from None
+    store = getattr(importlib.import_module(f".{module}", __package__), name)
+    return cast(KeyStore, store(place))
+
+
+def _sqlite_path(url: str) -> str:
+    path = url[len(_SQLITE) :]
+    if not url.startswith(_SQLITE) or not path or "?" in path:
+        raise InvalidInput("a SQLite key store is a file: sqlite:///PATH, or just its path")
+    return path
+
+
+# ---- what stores share ----------------------------------------------------------------------------------------
+
+
+def checked(rows: Sequence[Sequence[Any]]) -> list[StoredKey]:
+    """Keys of the rows that a database gave; a column at a time, since there may be a hundred thousand.
+
+    Raises:
+        StoreUnavailable: one of them is no key.
+    """
+    if not rows:
+        return []
+    ids, subjects, versions, wrapped = zip(*rows, strict=True)
+    _check_bytes(ids, KEY_ID_BYTES)
+    _check_bytes(subjects, SUBJECT_HASH_BYTES)
+    _check_bytes(wrapped, WRAPPED_KEY_BYTES)
+    if {*map(type, versions)} != {int} or min(versions) < 1 or max(versions) > MAX_VERSION:
+        raise StoreUnavailable(DAMAGED, retryable=False)
+    return [*map(StoredKey._make, rows)]
+
+
+def _check_bytes(values: Sequence[Any], size: int) -> None:
+    if {*map(type, values)} != {bytes} or {*map(len, values)} != {size}:
+        raise StoreUnavailable(DAMAGED, retryable=False)
+
+
+def parts(items: Sequence[Any], size: int = MAX_KEYS_PER_CALL) -> Iterable[Sequence[Any]]:
+    """Cut a sequence into pieces of at most ``size``."""
+    return (items[start : start + size] for start in range(0, len(items), size))

@@ -19,13 +19,10 @@ from typing import Final, NamedTuple
 
 from ..crypto import random_bytes
 from ..errors import StoreUnavailable
-from ..limits import KEY_ID_BYTES, WRAPPED_KEY_BYTES
+from ..limits import KEY_ID_BYTES, SUBJECT_HASH_BYTES, WRAPPED_KEY_BYTES
 from ..sqlite import BUSY_SECONDS, PRAGMAS, close_before_fork, store_error
-from .keystore import StoredKey
+from .keystore import DAMAGED, SALT_BYTES, VERSION, WHAT, StoredKey, checked
 
-WHAT: Final = "the Gateway's key store"
-VERSION: Final = 1
-SUBJECT_HASH_BYTES: Final = 32
 _MANY: Final = 1000
 _ID: Final = itemgetter(0)
 _CACHE_KIB: Final = 32 * 1024
@@ -127,7 +124,7 @@ class SQLiteKeyStore:
                 "ORDER BY key_id LIMIT ?",
                 (service_id, after, limit),
             )
-            return list(map(StoredKey._make, rows))
+            return checked(rows.fetchall())
 
     def count(self, service_id: bytes) -> int:
         """How many keys the service has."""
@@ -205,7 +202,7 @@ def _prepare(connection: sqlite3.Connection) -> bytes:
             connection.execute(statement)
         row = connection.execute("SELECT version, salt FROM key_store").fetchone()
         if row is None:
-            row = (VERSION, random_bytes(32))
+            row = (VERSION, random_bytes(SALT_BYTES))
             connection.execute("INSERT INTO key_store VALUES (?, ?)", row)
         connection.execute("COMMIT")
     except BaseException:
@@ -214,7 +211,9 @@ def _prepare(connection: sqlite3.Connection) -> bytes:
         raise
     if row[0] != VERSION:
         raise StoreUnavailable(f"{WHAT} has format {row[0]}; use a newer OpenKCM", retryable=False)
-    return bytes(row[1])
+    if type(row[1]) is not bytes or len(row[1]) != SALT_BYTES:
+        raise StoreUnavailable(DAMAGED, retryable=False)
+    return row[1]
 
 
 class _Column(NamedTuple):
@@ -258,11 +257,11 @@ def _find(
         rows = connection.execute(
             "SELECT key_id, subject, version, wrapped FROM data_keys WHERE service_id = ?", (service_id,)
         )
-        return [StoredKey._make(row) for row in rows if row[place] in wanted]
+        return checked([row for row in rows if row[place] in wanted])
     # Sorted, so that neighbours in the index come one after the other.
     packed = b"".join(sorted(values))
     rows = connection.execute(column.query, (service_id, len(values), packed))
-    return map(StoredKey._make, rows.fetchall())
+    return checked(rows.fetchall())
 
 
 def _count(connection: sqlite3.Connection, service_id: bytes, most: int) -> int:
