@@ -27,14 +27,13 @@ DAMAGED: Final = (
     f"{WHAT} holds something that is no key of ours; restore it from a backup, or find who else writes to it"
 )
 REPLACED: Final = (
-    f"{WHAT} was emptied or replaced while it was in use; nothing was added. Restore it, or start the Gateway anew"
+    f"{WHAT} was emptied or replaced while in use; nothing was added. Restore it, or start the Gateway anew"
 )
 WITHOUT_SALT: Final = (
     f"{WHAT} has keys but lost the salt that their subjects were hashed with; restore it from a backup"
 )
-OVERTAKEN: Final = (
-    f"{WHAT}: what was to be read or added is changed again and again by others; try once more"
-)
+OVERTAKEN: Final = f"{WHAT}: what was to be read or added is changed again and again by others; try once more"
+
 
 class StoredKey(NamedTuple):
     """A wrapped named data key: 16-byte id, 32-byte subject hash, service key version, 72 bytes wrapped.
@@ -89,7 +88,9 @@ class KeyStore(Protocol):
 # ---- opening one ----------------------------------------------------------------------------------------------
 
 _STORES: Final = {
-    **dict.fromkeys(("postgresql", "postgres"), ("postgres_store", "PostgresKeyStore", "psycopg", "postgres")),
+    **dict.fromkeys(
+        ("postgresql", "postgres"), ("postgres_store", "PostgresKeyStore", "psycopg", "postgres")
+    ),
     **dict.fromkeys(
         ("valkey", "valkeys", "redis", "rediss"), ("valkey_store", "ValkeyKeyStore", "valkey", "valkey")
     ),

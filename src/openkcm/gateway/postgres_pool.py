@@ -232,7 +232,10 @@ def connect_error(error: Error) -> StoreUnavailable:
     elif "does not exist" in text:
         advice, retryable = "there is no such database or user; create it or correct the URL", False
     elif any(word in text for word in _CERTIFICATE_REFUSED):
-        advice, retryable = "no TLS as the URL asks for; check sslmode, sslrootcert and the certificates", False
+        advice, retryable = (
+            "no TLS as the URL asks for; check sslmode, sslrootcert and the certificates",
+            False,
+        )
     else:
         advice, retryable = "the server does not answer, or takes no connections; try again", True
     return StoreUnavailable(f"{WHAT}: {advice}", retryable=retryable)

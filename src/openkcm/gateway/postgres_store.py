@@ -206,7 +206,7 @@ class PostgresKeyStore:
         return salt
 
     def _query(
-        self, query: str, values: Sequence[Any], *, expected: type[Error] | tuple[()] = ()
+        self, query: str, values: Sequence[Any], *, expected: type[Error] | None = None
     ) -> list[tuple[Any, ...]]:
         def ask(connection: Connection[Any]) -> list[tuple[Any, ...]]:
             with connection.cursor(binary=True) as cursor:
@@ -226,7 +226,7 @@ class PostgresKeyStore:
         use: Callable[[Connection[Any]], T],
         *,
         again: tuple[type[Error], ...] = (),
-        expected: type[Error] | tuple[()] = (),
+        expected: type[Error] | None = None,
     ) -> T:
         """Use a connection; once more where nothing was done, or where it is not known and does no harm."""
         overtaken = (errors.SerializationFailure, errors.DeadlockDetected, *again)
@@ -236,7 +236,7 @@ class PostgresKeyStore:
                 result = use(connection)
             except Error as error:
                 alive = self._pool.give_back(connection)
-                if expected and isinstance(error, expected):
+                if expected is not None and isinstance(error, expected):
                     raise
                 stale = not alive and not fresh and not isinstance(error, Silent)
                 if not left or not (stale or isinstance(error, overtaken)):
