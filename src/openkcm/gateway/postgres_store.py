@@ -229,7 +229,7 @@ class PostgresKeyStore:
         expected: type[Error] | None = None,
     ) -> T:
         """Use a connection; once more where nothing was done, or where it is not known and does no harm."""
-        overtaken = (errors.SerializationFailure, errors.DeadlockDetected, *again)
+        overtaken: tuple[type[Error], ...] = (errors.SerializationFailure, errors.DeadlockDetected, *again)
         for left in reversed(range(_TRIES)):
             connection, fresh = self._pool.take()
             try:

@@ -21,7 +21,7 @@ from ..crypto import random_bytes
 from ..errors import StoreUnavailable
 from ..limits import KEY_ID_BYTES, SUBJECT_HASH_BYTES, WRAPPED_KEY_BYTES
 from ..sqlite import BUSY_SECONDS, PRAGMAS, close_before_fork, store_error
-from .keystore import DAMAGED, SALT_BYTES, VERSION, WHAT, StoredKey, checked
+from .keystore import DAMAGED, SALT_BYTES, VERSION, WHAT, WITHOUT_SALT, StoredKey, checked
 
 _MANY: Final = 1000
 _ID: Final = itemgetter(0)
@@ -202,6 +202,8 @@ def _prepare(connection: sqlite3.Connection) -> bytes:
             connection.execute(statement)
         row = connection.execute("SELECT version, salt FROM key_store").fetchone()
         if row is None:
+            if connection.execute("SELECT 1 FROM data_keys LIMIT 1").fetchone() is not None:
+                raise StoreUnavailable(WITHOUT_SALT, retryable=False)
             row = (VERSION, random_bytes(SALT_BYTES))
             connection.execute("INSERT INTO key_store VALUES (?, ?)", row)
         connection.execute("COMMIT")
