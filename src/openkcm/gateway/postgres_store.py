@@ -40,13 +40,8 @@ T = TypeVar("T")
 _TRIES: Final = 10
 _PAUSE_SECONDS: Final = 0.02
 
+# In this order: where the second is, the first is too.
 _SCHEMA: Final = (
-    """
-CREATE TABLE IF NOT EXISTS openkcm_key_store (
-    one INTEGER PRIMARY KEY CHECK (one = 1),
-    version INTEGER NOT NULL,
-    salt BYTEA NOT NULL CHECK (octet_length(salt) = 32)
-)""",
     """
 CREATE TABLE IF NOT EXISTS openkcm_data_keys (
     service_id BYTEA NOT NULL,
@@ -57,6 +52,12 @@ CREATE TABLE IF NOT EXISTS openkcm_data_keys (
     created_at TIMESTAMPTZ NOT NULL DEFAULT now(),
     PRIMARY KEY (service_id, key_id),
     UNIQUE (service_id, subject)
+)""",
+    """
+CREATE TABLE IF NOT EXISTS openkcm_key_store (
+    one INTEGER PRIMARY KEY CHECK (one = 1),
+    version INTEGER NOT NULL,
+    salt BYTEA NOT NULL CHECK (octet_length(salt) = 32)
 )""",
 )
 # A salt is made for an empty store only: under a new one, nobody would find the subjects that are there.
