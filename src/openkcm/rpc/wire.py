@@ -72,7 +72,8 @@ def failure_of(error: BaseException) -> pb.Failure:
         return pb.Failure(code="tenant_dark", message="the tenant's root refuses", retryable=False)
     if isinstance(told, AccessDenied):
         return pb.Failure(code=AccessDenied.code, message=REFUSED)
-    message = next((text for kind, text in _PLAIN.items() if isinstance(told, kind)), str(told))
+    plain = [text for kind, text in _PLAIN.items() if kind in type(told).__mro__]
+    message = plain[0] if plain else str(told)
     return pb.Failure(code=told.code, message=message[:1024], retryable=told.retryable)
 
 
