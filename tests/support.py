@@ -76,6 +76,9 @@ class NoThread:
     def stop(self) -> None:
         """There is nothing to stop."""
 
+    def wake(self) -> None:
+        """It looks when a test tells it to."""
+
 
 def without_threads(core: openkcm.Core) -> openkcm.Core:
     """A Core that looks and probes only when a test tells it to."""

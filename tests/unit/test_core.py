@@ -97,7 +97,16 @@ def test_a_closed_core_says_so(core: openkcm.Core, records: Service) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", ["vault.db", "mysql://x/y", "sqlite://", "sqlite:///:memory:", "", "postgresql://x/y"]
+    "bad",
+    [
+        "vault.db",
+        "mysql://x/y",
+        "sqlite://",
+        "sqlite:///:memory:",
+        "",
+        "postgresql://x",
+        "postgresql://%zz@x/y",
+    ],
 )
 def test_other_stores_are_refused(bad: str) -> None:
     refused(lambda: openkcm.Core.open(bad), InvalidInput)
@@ -224,7 +233,7 @@ def test_something_else_than_a_database(tmp_path: Path) -> None:
 
 
 def test_a_locked_store_is_a_retryable_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("openkcm.core.store.BUSY_SECONDS", 0.1)
+    monkeypatch.setattr("openkcm.core.sqlite_store.BUSY_SECONDS", 0.1)
     with make_vault(tmp_path) as core:
         core._vault.store._busy_seconds = 0.1
         core._vault.store.close()

@@ -24,10 +24,11 @@ MAY_IMPORT = {
     "_fast": set(),
     **dict.fromkeys(VOCABULARY, VOCABULARY),
     "sqlite": VOCABULARY,
+    "postgres": VOCABULARY,
     "crypto": VOCABULARY | {"_fast"},
     "roots": VOCABULARY | {"crypto"},
-    "core": VOCABULARY | {"sqlite", "crypto", "roots"},
-    "gateway": VOCABULARY | {"sqlite", "crypto"},
+    "core": VOCABULARY | {"sqlite", "postgres", "crypto", "roots"},
+    "gateway": VOCABULARY | {"sqlite", "postgres", "crypto"},
     # Customers' roots to test against: a user of them needs no Core.
     "testing": VOCABULARY | {"roots"},
     "pki": VOCABULARY,

@@ -267,7 +267,9 @@ class Story:
 
     @property
     def _key_store(self) -> Path:
-        assert self._core is not None
+        assert (
+            self._core is not None and self._core.default_key_store is not None
+        )  # the demo's vault is a file
         return self._core.default_key_store
 
     @property

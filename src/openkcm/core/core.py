@@ -19,6 +19,7 @@ from typing import Final
 from ..clock import awake_clock, utc_now
 from ..crypto import SecretKeys
 from ..errors import (
+    ConfigurationError,
     InvalidInput,
     OpenKCMError,
     StoreUnavailable,
@@ -31,7 +32,7 @@ from .data_keys import DataKeys
 from .liveness import MAX_GRACE, Probe
 from .setup import initialise, open_existing
 from .status import ServiceStatus, TenantStatus
-from .store import Store, default_key_store
+from .store import open_store
 from .tree import read_tree
 from .vault import GRACE_SECONDS, PROBE_SECONDS, Vault
 from .watcher import Repeater
@@ -50,7 +51,7 @@ DEFAULT_URL: Final = "sqlite:///vault.db"
 
 
 class Core(Access):
-    """An embedded Core: a vault in a database file, its seal key beside it.
+    """An embedded Core: a vault in a database, its seal key in a file.
 
     Make one with ``Core.open``. It is safe for threads; after ``fork`` the child's Core reopens keys through
     the roots. Use it as a context manager, or ``close`` it.
@@ -63,6 +64,7 @@ class Core(Access):
         self._repeaters: list[Repeater[Core]] = []
         self._starting = threading.Lock()
         self._know_data_keys()
+        vault.store.on_news(_waker(self))
         _instances.add(self)
 
     @classmethod
@@ -75,38 +77,54 @@ class Core(Access):
         poll_interval: float = POLL_SECONDS,
         probe_interval: float = PROBE_SECONDS,
         grace: float = GRACE_SECONDS,
+        store_grace: float = GRACE_SECONDS,
+        create: bool | None = None,
         clock: Callable[[], float] = awake_clock,
     ) -> Core:
-        """Open a vault, making it where there is none.
+        """Open a vault.
 
         Args:
-            url: the store, ``sqlite:///PATH``.
-            seal: the seal file; by default ``vault.seal`` beside ``vault.db``.
+            url: the store: ``sqlite:///PATH``, or ``postgresql://USER:PASSWORD@HOST:PORT/DATABASE`` with libpq's
+                parameters (``sslmode=verify-full&sslrootcert=PATH``); ``listen=off`` does without LISTEN.
+            seal: the seal file; for a SQLite store by default ``vault.seal`` beside ``vault.db``.
             region: the region of a new vault ("local" if not given); for an existing one, what it must be.
             poll_interval: seconds between looks at what other processes changed.
             probe_interval: seconds between two questions to the root of a tenant in use, 0.1 to 3600; a root that
                 says no is noticed so much later at most, and one second.
             grace: seconds for which a root that does not answer is put up with, 0 to 3600.
+            store_grace: seconds for which open keys are used while a database server does not answer, 0 to 3600:
+                what others changed, a kill among it, is not seen in that time. A file is read at each use.
+            create: whether to make a vault where there is none; by default only where the store is a file.
             clock: seconds that only ever grow; another one than the machine's is for tests.
 
         Raises:
             SealError: the seal file is missing, unsafe, or another vault's.
             StoreUnavailable: the database cannot be used.
-            InvalidInput: the URL is not one of a SQLite file, or a number of seconds is out of its range.
+            ConfigurationError: there is no vault, or it is another region's; or a server's vault has no ``seal``.
+            InvalidInput: the URL is not one of a store, or a number of seconds is out of its range.
         """
         if not poll_interval > 0:
             raise InvalidInput("poll_interval is a number of seconds above zero")
         if not MIN_PROBE <= probe_interval <= MAX_PROBE:
             raise InvalidInput("probe_interval is 0.1 to 3600 seconds")
-        if not 0 <= grace <= MAX_GRACE:
-            raise InvalidInput("grace is 0 to 3600 seconds")
-        store = Store(url)
-        seal_path = Path(seal) if seal is not None else store.path.with_suffix(".seal")
-        vault = Vault(store, seal_path, clock, probe_interval, grace)
+        if not (0 <= grace <= MAX_GRACE and 0 <= store_grace <= MAX_GRACE):
+            raise InvalidInput("grace and store_grace are 0 to 3600 seconds")
+        store = open_store(url, poll_interval=poll_interval)
+        seal_path = Path(seal) if seal is not None else store.default_seal
+        if seal_path is None:
+            raise ConfigurationError(
+                f"name the seal file of the vault in {store.place} (seal=PATH, OPENKCM_SEAL)"
+            )
+        vault = Vault(store, seal_path, clock, probe_interval, grace, store_grace)
         try:
             if not store.exists():
+                if not (store.implicit if create is None else create):
+                    raise ConfigurationError(
+                        f"there is no vault in {store.place}; 'openkcm init' makes one, or Core.open(create=True)"
+                    )
                 initialise(vault, check_name(region or "local", "region"), utc_now())
-            return cls(vault, open_existing(vault, region, utc_now()), poll_interval)
+            vault.region = open_existing(vault, region, utc_now())
+            return cls(vault, vault.region, poll_interval)
         except BaseException:
             vault.close()
             raise
@@ -130,7 +148,7 @@ class Core(Access):
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Core {self._vault.store.path} region={self._region}{' closed' if self._closed else ''}>"
+        return f"<Core {self._vault.store.place} region={self._region}{' closed' if self._closed else ''}>"
 
     # ---- what it is ----------------------------------------------------------------------------------
 
@@ -145,9 +163,9 @@ class Core(Access):
         return self._vault.seal_path
 
     @property
-    def default_key_store(self) -> Path:
-        """Where an embedded Gateway keeps its named data keys."""
-        return default_key_store(self._vault.store.path)
+    def default_key_store(self) -> Path | None:
+        """Where an embedded Gateway keeps its named data keys; None where the store is no file."""
+        return self._vault.store.default_key_store
 
     # ---- key management ------------------------------------------------------------------------------
 
@@ -399,6 +417,7 @@ class Core(Access):
     def poll(self) -> None:
         """Look now at what other processes changed."""
         if not self._closed:
+            self._vault.store.look()
             self._vault.follower.poll()
 
     def _look(self) -> None:
@@ -430,8 +449,22 @@ class Core(Access):
 
 
 def _watch(core: Core) -> float:
-    core.poll()
+    if not core._closed:
+        core._vault.follower.poll()
+        core._tombstones.refresh()
     return core._interval
+
+
+def _waker(core: Core) -> Callable[[], None]:
+    """Has the watcher look at once; does not keep the Core alive."""
+    reference = weakref.ref(core)
+
+    def wake() -> None:
+        held = reference()
+        for repeater in held._repeaters[:1] if held is not None else ():
+            repeater.wake()
+
+    return wake
 
 
 def _probe(core: Core) -> float:

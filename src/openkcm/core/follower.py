@@ -3,11 +3,13 @@
 
 Invariant: a tenant's keys are open in this process only while the store's generation of it is the one that its
 Gateways were told of. What others changed is seen by ``poll``, by ``overtaken`` before a key is opened, and by
-``confirmed`` after one was published, so that there is no moment between the three.
+``confirmed`` after one was published, so that there is no moment between the three. A store that is asked all the time
+and does not answer is put up with for ``store_grace`` seconds; then every key is zeroed.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Final
 
 import sqlalchemy as sql
@@ -19,6 +21,8 @@ from .rows import LIVE, TenantRow
 
 if TYPE_CHECKING:
     from .vault import Vault
+
+logger = logging.getLogger("openkcm")
 
 _CHUNK: Final = 500
 _MOST_ACTS: Final = 5000
@@ -54,6 +58,8 @@ class Follower:
         """Act on what other processes changed: drop the keys of every tenant whose generation moved."""
         self.polled = self._vault.clock()
         seen = self._vault.store.data_version()
+        if self._vault.store.silence() > self._vault.store_grace:
+            self._lose_sight()
         if seen == self._seen:
             return
         with self._vault.store.read() as connection:
@@ -73,6 +79,14 @@ class Follower:
                     self._vault.liveness.news(row.tenant, row.generation)
         # Only now: a look that failed half-way is made again.
         self._seen, self._number = seen, number
+
+    def _lose_sight(self) -> None:
+        """Zero every open key: what others changed was not to be seen for too long, and a kill may be among it."""
+        for tenant in list(self.told):
+            logger.warning(
+                "tenant %s: its keys are zeroed, the vault's store being away for too long", tenant
+            )
+            self._vault.zero(tenant)
 
     def _acts(self, connection: Connection) -> tuple[int, set[str] | None]:
         """The last audit record's number, and whom the records since the last look are about; None for anybody.

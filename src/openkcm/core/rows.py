@@ -25,6 +25,15 @@ UNLINKED: Final = "unlinked"
 MAX_REASON: Final = 256
 
 
+_MOST_VERSION: Final = 2**31 - 1
+"""The greatest number that a column of versions holds; an envelope has room for more."""
+
+
+def storable(reason: str) -> str:
+    """A reason as any database takes it: no character that UTF-8 cannot carry, no NUL, and not too long."""
+    return reason.encode("utf-8", "replace").decode().replace("\0", "?")[:MAX_REASON]
+
+
 @dataclass(frozen=True, slots=True)
 class TenantRow:
     """A tenant and its active key as the store has them."""
@@ -100,6 +109,8 @@ def read_service_key(connection: Connection, service: Service, version: int | No
     if row is None:
         raise no_such_service(service)
     wanted = row.active_version if version is None else version
+    if wanted > _MOST_VERSION:
+        raise DecryptError
     found = connection.execute(
         sql.select(keys.state, keys.wrapped).where(
             keys.service_id == service.service_id, keys.version == wanted

@@ -10,25 +10,24 @@ from __future__ import annotations
 import os
 
 import sqlalchemy as sql
+from sqlalchemy.exc import IntegrityError
 
 from ..crypto import WrappingKey, generate_wrapping_key, random_bytes, wrap_key
-from ..errors import ConfigurationError, SealError, StoreUnavailable
+from ..errors import ConfigurationError, SealError
 from . import audit, schema
-from .seal import make_seal, sync_folder
-from .vault import Vault, check_seal
+from .seal import make_seal
+from .vault import Vault, check_seal, seal_check_aad
 
 
 def initialise(vault: Vault, region: str, at: str) -> None:
     """Make the seal file and the database.
 
+    Where another process makes it at the same moment, that one's counts, and this does nothing.
+
     Raises:
-        AlreadyExists: another process made the vault meanwhile.
         SealError, StoreUnavailable: one of the two cannot be written.
     """
-    if not vault.store.path.parent.is_dir():
-        raise StoreUnavailable(
-            f"the folder {vault.store.path.parent} for the vault is not there", retryable=False
-        )
+    vault.store.check_place()
     # Unlike Path.exists, this is no error in a folder that may not be looked into; making or reading says what is.
     if not os.path.exists(vault.seal_path):
         try:
@@ -36,19 +35,24 @@ def initialise(vault: Vault, region: str, at: str) -> None:
         except SealError:
             if not os.path.exists(vault.seal_path):
                 raise  # else another process made it just now; that one counts
-    _touch_private(vault)
+    vault.store.make_place()
     vault.store.migrate()
     seal = vault.seal()
-    with vault.store.write() as connection:
-        if connection.execute(sql.select(schema.vault.c.vault_id)).first() is not None:
-            return
-        vault_id = random_bytes(16)
-        connection.execute(
-            schema.vault.insert().values(
-                vault_id=vault_id, region=region, seal_check=_seal_check(seal, vault_id), created_at=at
+    vault_id = random_bytes(16)
+    check = _seal_check(seal, vault_id, region)
+    try:
+        with vault.store.write() as connection:
+            if connection.execute(sql.select(schema.vault.c.vault_id)).first() is not None:
+                return
+            connection.execute(
+                schema.vault.insert().values(
+                    vault_id=vault_id, region=region, seal_check=check, created_at=at
+                )
             )
-        )
-        audit.append(connection, at, "init", detail=f"region {region}")
+            audit.append(connection, at, "init", detail=f"region {region}")
+    except IntegrityError:
+        # Before there is a vault a server has nothing to lock; there is one record number 1 all the same.
+        return
 
 
 def open_existing(vault: Vault, region: str | None, at: str) -> str:
@@ -62,27 +66,14 @@ def open_existing(vault: Vault, region: str | None, at: str) -> str:
         return open_existing(vault, region, at)
     if region is not None and region != found.region:
         raise ConfigurationError(f"this vault belongs to region {found.region}, not {region}")
-    check_seal(vault.seal(), found.seal_check, found.vault_id)
+    check_seal(vault.seal(), found.seal_check, found.vault_id, found.region)
     return str(found.region)
 
 
-def _seal_check(seal: WrappingKey, vault_id: bytes) -> bytes:
-    """A throw-away key under the seal key: who opens it has the right seal key."""
+def _seal_check(seal: WrappingKey, vault_id: bytes, region: str) -> bytes:
+    """A throw-away key under the seal key: who opens it has the right seal key, and the region it was made for."""
     probe = generate_wrapping_key()
     try:
-        return wrap_key(seal, probe, b"openkcm/v1/seal-check" + vault_id)
+        return wrap_key(seal, probe, seal_check_aad(vault_id, region))
     finally:
         probe.wipe()
-
-
-def _touch_private(vault: Vault) -> None:
-    """Make the database file, durably, readable by its owner alone; SQLite gives its WAL the same mode."""
-    try:
-        descriptor = os.open(vault.store.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        os.fchmod(descriptor, 0o600)  # an empty file may have been there
-        os.close(descriptor)
-        sync_folder(vault.store.path.parent)
-    except OSError as error:
-        raise StoreUnavailable(
-            f"the vault {vault.store.path} cannot be made: {error.strerror}", retryable=False
-        ) from None

@@ -1,174 +1,116 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Core's database: engine, transactions, and what its failures mean.
+"""The Core's database: transactions, and what its failures mean, whichever database it is.
 
-Invariant: a write transaction is durable when ``write`` returns, and nothing of it is there when it raises.
-SQLite runs in WAL mode with full syncs and overwrites what it deletes.
+Invariant: a write transaction is durable when ``write`` returns, and nothing of it is there when it raises; only
+where the connection breaks in the middle of the commit itself can that not be told, and the error then says so. Write
+transactions are ordered: each sees all that those before it committed.
 """
 
 from __future__ import annotations
 
-import logging
-import sqlite3
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import abc
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Final
+from typing import ClassVar, Final
 
 import sqlalchemy as sql
-from sqlalchemy.engine import URL, Connection, Engine, make_url
-from sqlalchemy.exc import DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.engine import Connection, make_url
+from sqlalchemy.exc import SQLAlchemyError
 
-from ..errors import CoreUnavailable, InvalidInput, StoreUnavailable
-from ..sqlite import BUSY_SECONDS, PRAGMAS, close_before_fork, store_error
+from ..errors import ConfigurationError, CoreUnavailable, InvalidInput, StoreUnavailable
 from . import schema
-
-logger = logging.getLogger("openkcm")
 
 WHAT: Final = "the vault's store"
 
 
-@contextmanager
-def translated() -> Iterator[None]:
-    """Turn database failures inside the block into StoreUnavailable."""
-    try:
-        yield
-    except (DBAPIError, sqlite3.Error) as error:
-        if isinstance(error, sql.exc.IntegrityError):
-            raise
-        raise store_error(error, WHAT) from None
-    except SQLAlchemyError as error:
-        raise StoreUnavailable(
-            f"the vault's store: unexpected {type(error).__name__}", retryable=False
-        ) from None
+class Store(abc.ABC):
+    """One process's connections to a vault's database; safe for threads and across fork."""
 
+    implicit: ClassVar[bool]
+    """Whether a vault is made where there is none, without being asked for by name."""
 
-def parse_url(url: str) -> URL:
-    """Check a store URL.
-
-    Raises:
-        InvalidInput: not a URL, or of a database that this version does not run on.
-    """
-    try:
-        parsed = make_url(url)
-        name = parsed.get_backend_name()
-    except (SQLAlchemyError, NoSuchModuleError, ValueError):
-        raise InvalidInput("a store is a URL such as sqlite:///vault.db") from None
-    if name != "sqlite":
-        raise InvalidInput(f"this version keeps its store in SQLite (sqlite:///PATH), not in {name}")
-    if not parsed.database or parsed.database == ":memory:":
-        raise InvalidInput("a vault is a file: sqlite:///PATH")
-    return parsed
-
-
-class Store:
-    """One process's connections to a vault's database."""
-
-    def __init__(self, url: str, *, busy_seconds: float = BUSY_SECONDS) -> None:
-        self._url = parse_url(url)
-        self.path = Path(str(self._url.database)).absolute()
-        self._busy_seconds = busy_seconds
-        self._engine: Engine | None = None
-        self._observer: sqlite3.Connection | None = None
-        self._observers = 0
+    def __init__(self) -> None:
         self._retired = False
-        self._reset_locks()
-        close_before_fork(self)
 
-    def _reset_locks(self) -> None:
-        self._observing = threading.Lock()
-        self._gate = threading.Condition()
-        self._inside = 0
-        self._forking = False
-        self._nested = threading.local()
-
-    def exists(self) -> bool:
-        """Whether the database file is there and holds anything.
-
-        Raises:
-            StoreUnavailable: it cannot be told, or only its write-ahead log is there.
-        """
-        if _size(self.path):
-            return True
-        log = self.path.with_name(f"{self.path.name}-wal")
-        if _size(log):
-            # SQLite deletes the log of a database that is not there, with all that was committed to it.
-            raise StoreUnavailable(
-                f"{WHAT}: {self.path} is missing or empty, but its write-ahead log {log.name} is there; put the "
-                "database back beside it, or move the log away to begin anew",
-                retryable=False,
-            )
-        return False
+    # ---- what differs between databases --------------------------------------------------------------
 
     @property
-    def engine(self) -> Engine:
-        """The process's engine, made on first use."""
-        self._check_open()
-        if self._engine is None:
-            engine = sql.create_engine(
-                self._url.set(database=str(self.path)),
-                connect_args={"timeout": self._busy_seconds, "check_same_thread": False},
-            )
-            sql.event.listen(engine, "connect", _configure)
-            self._engine = engine
-        return self._engine
+    @abc.abstractmethod
+    def place(self) -> str:
+        """Where the store is, for people; without a password."""
 
-    @contextmanager
-    def _use(self) -> Iterator[None]:
-        """Use connections; not while the process forks, unless this thread was using them before."""
-        depth = getattr(self._nested, "depth", 0)
-        with self._gate:
-            while self._forking and not depth:
-                self._gate.wait()
-            self._inside += 1
-        self._nested.depth = depth + 1
-        try:
-            with translated():
-                yield
-        finally:
-            self._nested.depth = depth
-            with self._gate:
-                self._inside -= 1
-                self._gate.notify_all()
+    @property
+    @abc.abstractmethod
+    def default_seal(self) -> Path | None:
+        """Where the vault's seal file is if nobody says otherwise; None if it has to be said."""
 
-    @contextmanager
-    def read(self) -> Iterator[Connection]:
+    @property
+    @abc.abstractmethod
+    def default_key_store(self) -> Path | None:
+        """Where an embedded Gateway keeps its named data keys if nobody says otherwise; None if it has to be said."""
+
+    @abc.abstractmethod
+    def exists(self) -> bool:
+        """Whether a vault is there, or the beginning of one.
+
+        Raises:
+            StoreUnavailable: it cannot be told.
+        """
+
+    @abc.abstractmethod
+    def check_place(self) -> None:
+        """Raise StoreUnavailable if no vault can be made there."""
+
+    @abc.abstractmethod
+    def make_place(self) -> None:
+        """Make what the first transaction needs, readable by its owner alone."""
+
+    @abc.abstractmethod
+    def read(self) -> AbstractContextManager[Connection]:
         """A consistent view of the store."""
-        with self._use(), self.engine.connect() as connection:
-            connection.exec_driver_sql("BEGIN")
-            try:
-                yield connection
-            finally:
-                _end(connection, "ROLLBACK")
 
-    @contextmanager
-    def write(self) -> Iterator[Connection]:
+    @abc.abstractmethod
+    def write(self) -> AbstractContextManager[Connection]:
         """A transaction that alone may write; durable when the block ends, undone when it raises."""
-        with self._use(), self.engine.connect() as connection:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-            try:
-                yield connection
-                connection.exec_driver_sql("COMMIT")
-            except BaseException:
-                _end(connection, "ROLLBACK")
-                raise
 
+    @abc.abstractmethod
     def data_version(self) -> int:
-        """A number that changes when any other connection, of any process, commits (PRAGMA data_version)."""
-        with self._use(), self._observing:
-            self._check_open()
-            if self._observer is None:
-                self._observer = sqlite3.connect(
-                    f"{self.path.as_uri()}?mode=rw",
-                    uri=True,
-                    timeout=0.1,
-                    check_same_thread=False,
-                    isolation_level=None,
-                )
-                self._observers += 1
-            # The number is the connection's own: one from another connection must never look the same.
-            return self._observers << 32 | int(self._observer.execute("PRAGMA data_version").fetchone()[0])
+        """A number that changes when another connection, of any process, has committed."""
+
+    @abc.abstractmethod
+    def checkpoint(self) -> bool:
+        """Do what the database can, so that what was deleted is not left in it. Never raises; False if it failed."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Close every connection; the next use opens new ones."""
+
+    @abc.abstractmethod
+    def forget(self) -> None:
+        """In a forked child: begin anew, leaving alone what belongs to the parent."""
+
+    @abc.abstractmethod
+    def _check_tables(self, tables: set[str]) -> None:
+        """Raise StoreUnavailable if a vault may not be made beside these tables."""
+
+    def _change_schema(self) -> AbstractContextManager[Connection]:
+        """A transaction to make or change tables in, alone where there are any."""
+        return self.write()
+
+    @abc.abstractmethod
+    def look(self) -> None:
+        """Learn now what other processes committed, where ``data_version`` alone does not ask the database."""
+
+    @abc.abstractmethod
+    def silence(self) -> float:
+        """Seconds since the database last answered, where it is asked all the time; else 0."""
+
+    @abc.abstractmethod
+    def on_news(self, wake: Callable[[], None]) -> None:
+        """Call ``wake`` when another process is seen to have committed, where that is noticed without looking."""
+
+    # ---- what does not -------------------------------------------------------------------------------
 
     def migrate(self) -> None:
         """Bring an empty or older database to the newest schema.
@@ -176,45 +118,38 @@ class Store:
         Raises:
             StoreUnavailable: the database was made by a newer version, or is no vault at all.
         """
-        with self.read() as connection:
-            revision = _revision(connection)
-        if revision == schema.HEAD:
+        if self._is_current():
             return
+        from .migrations import upgrade
+
+        try:
+            with self._change_schema() as connection:
+                upgrade(connection, schema.HEAD)
+        except Exception:
+            # Where the database is empty there is nothing yet for two processes to lock: one wins, both are content.
+            if not self._is_current():
+                raise
+
+    def _is_current(self) -> bool:
+        with self.read() as connection:
+            revision = self._revision(connection)
         if revision is not None and revision > schema.HEAD:
             raise StoreUnavailable(
                 f"the vault's schema {revision} is newer than this build's {schema.HEAD}; use a newer OpenKCM",
                 retryable=False,
             )
-        from .migrations import upgrade
+        return revision == schema.HEAD
 
-        with self.write() as connection:
-            upgrade(connection, schema.HEAD)
-
-    def checkpoint(self) -> bool:
-        """Fold the write-ahead log into the database, so that what was deleted is not left in it either.
-
-        Never raises: what it follows is durable already. False if it failed, or if another connection was in the way
-        for as long as a writer waits; the next checkpoint then does it.
-        """
-        try:
-            with self._use(), self.engine.connect() as connection:
-                busy = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").scalar()
-        except StoreUnavailable as error:
-            logger.warning("deleted keys may still be in the write-ahead log of %s: %s", self.path, error)
-            return False
-        if busy:
-            logger.warning("deleted keys may still be in the write-ahead log of %s: it is in use", self.path)
-        return not busy
-
-    def close(self) -> None:
-        """Close every connection; the next use opens new ones."""
-        with self._observing:
-            if self._observer is not None:
-                self._observer.close()
-            self._observer = None
-        if self._engine is not None:
-            self._engine.dispose()
-        self._engine = None
+    def _revision(self, connection: Connection) -> str | None:
+        """The schema's revision, None if there is no vault."""
+        tables = set(sql.inspect(connection).get_table_names())
+        found = None
+        if tables >= {"alembic_version", schema.vault.name, schema.tenants.name}:
+            found = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+        if found is None:
+            self._check_tables(tables)
+            return None
+        return str(found)
 
     def retire(self) -> None:
         """Close for good: later uses raise CoreUnavailable."""
@@ -225,78 +160,34 @@ class Store:
         if self._retired:
             raise CoreUnavailable("this Core was closed", retryable=False)
 
-    def before_fork(self) -> None:
-        """Wait until no other thread uses a connection, then close all."""
-        own = getattr(self._nested, "depth", 0)
-        with self._gate:
-            self._forking = True
-            while self._inside > own:
-                self._gate.wait()
-        self.close()
 
-    def after_fork_in_parent(self) -> None:
-        """Go on, with new connections."""
-        with self._gate:
-            self._forking = False
-            self._gate.notify_all()
+def open_store(url: str, *, poll_interval: float = 0.25) -> Store:
+    """The store at a URL; nothing is connected yet.
 
-    def forget(self) -> None:
-        """In a forked child: locks that no thread of the parent holds."""
-        self._reset_locks()
+    Args:
+        url: ``sqlite:///PATH`` or ``postgresql://...``.
+        poll_interval: seconds between looks at what other processes committed, for a database that is asked for it.
 
-
-def _size(path: Path) -> int:
+    Raises:
+        InvalidInput: not a URL, or of a database that this version does not run on.
+        ConfigurationError: its driver is not installed.
+    """
     try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
-    except OSError as error:
-        raise StoreUnavailable(f"{WHAT} cannot be reached: {error.strerror}", retryable=False) from None
+        name = make_url(url).get_backend_name() if not url.startswith("postgres://") else "postgresql"
+    except (SQLAlchemyError, ValueError, AttributeError):
+        raise InvalidInput("a store is a URL such as sqlite:///vault.db") from None
+    if name == "sqlite":
+        from .sqlite_store import SQLiteStore
 
-
-def _revision(connection: Connection) -> str | None:
-    """The schema's revision, None for an empty database."""
-    tables = set(sql.inspect(connection).get_table_names())
-    if not tables:
-        return None
-    found = None
-    if tables >= {"alembic_version", schema.vault.name, schema.tenants.name}:
-        found = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
-    if found is None:
-        raise StoreUnavailable(
-            f"{WHAT}: the database holds other tables than a vault's; check the path", retryable=False
+        return SQLiteStore(url)
+    if name != "postgresql":
+        raise InvalidInput(
+            f"this version keeps its store in SQLite (sqlite:///PATH) or PostgreSQL (postgresql://...), not in {name}"
         )
-    return str(found)
-
-
-def _end(connection: Connection, statement: str) -> None:
     try:
-        connection.exec_driver_sql(statement)
-    except DBAPIError:
-        connection.invalidate()  # SQLite has already rolled back; the connection is not reused
-
-
-def _configure(connection: Any, record: Any) -> None:
-    connection.isolation_level = None  # transactions are begun by name, in read and write
-    cursor = connection.cursor()
-    for pragma in PRAGMAS:
-        _set_pragma(cursor, pragma)
-    cursor.close()
-
-
-def _set_pragma(cursor: Any, pragma: str) -> None:
-    # Turning a new database to WAL does not wait for another process that is doing the same.
-    deadline = time.monotonic() + BUSY_SECONDS
-    while True:
-        try:
-            cursor.execute(f"PRAGMA {pragma}")
-            return
-        except sqlite3.OperationalError as error:
-            if (error.sqlite_errorcode & 0xFF) != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                raise
-            time.sleep(0.02)
-
-
-def default_key_store(path: Path) -> Path:
-    """Where an embedded Gateway keeps its named data keys: ``vault.keys.db`` beside ``vault.db``."""
-    return path.with_name(f"{path.stem}.keys.db")
+        from .postgres_store import PostgresStore
+    except ImportError:
+        raise ConfigurationError(
+            "a vault in PostgreSQL needs psycopg: pip install 'openkcm[postgres]'"
+        ) from None
+    return PostgresStore(url, poll_interval=poll_interval)

@@ -25,7 +25,7 @@ from . import audit, schema
 from .act import attempt, change_tenant, check_unchanged, linked_region
 from .liveness import Probe
 from .opening import open_service_key, seal_tenant_key, wrap_service_key, wrap_under_root
-from .rows import KILLED, LIVE, MAX_REASON, UNLINKED, read_tenant
+from .rows import KILLED, LIVE, UNLINKED, read_tenant, storable
 from .vault import OpenTenant, Vault
 
 MAX_ROOT_URI: Final = 1000
@@ -71,7 +71,7 @@ def link_tenant(vault: Vault, tenant: str, root_uri: str, region: str, at: str) 
 def kill(vault: Vault, tenant: str, reason: str, at: str) -> None:
     """Zero, tell, record: in this order."""
     # Whatever was given as a reason, it must not stand in the way.
-    reason = str(reason).encode("utf-8", "replace").decode()[:MAX_REASON]
+    reason = storable(str(reason))
     vault.go_dark(tenant, killed=reason)
     try:
         with vault.store.write() as connection:
@@ -136,7 +136,7 @@ def probe_under(vault: Vault, root_uri: str) -> dict[str, Probe]:
 
 
 def unlink(vault: Vault, tenant: str, at: str) -> None:
-    """Delete every wrapped key of the tenant; SQLite overwrites what it deletes."""
+    """Delete every wrapped key of the tenant; what the database then leaves of it, its store's module says."""
     with vault.store.read() as connection:
         linked_region(connection, tenant)
     killed = vault.dark_here(tenant)  # a kill that could not be recorded stands, whatever becomes of this
@@ -204,6 +204,7 @@ def rotate_tenant(vault: Vault, tenant: str, at: str) -> int:
 def _rewrap_service_keys(connection: Connection, opened: OpenTenant, new: WrappingKey, version: int) -> None:
     keys, row = schema.service_keys.c, opened.row
     held = connection.execute(sql.select(schema.service_keys).where(keys.tenant == row.tenant)).all()
+    moved: list[dict[str, object]] = []
     for each in held:
         wrapped = b""
         if each.state != KeyState.DESTROYED:
@@ -211,10 +212,13 @@ def _rewrap_service_keys(connection: Connection, opened: OpenTenant, new: Wrappi
             key = open_service_key(opened.key, each.wrapped, *place)
             wrapped = wrap_service_key(new, key, *place)
             key.wipe()
+        moved.append({"of": each.service_id, "numbered": each.version, "blob": wrapped})
+    if moved:  # all at once: a round trip for each of many would hold up every other writer
         connection.execute(
             schema.service_keys.update()
-            .where(keys.service_id == each.service_id, keys.version == each.version)
-            .values(wrapped=wrapped, tenant_key_version=version)
+            .where(keys.service_id == sql.bindparam("of"), keys.version == sql.bindparam("numbered"))
+            .values(wrapped=sql.bindparam("blob"), tenant_key_version=version),
+            moved,
         )
 
 

@@ -19,7 +19,8 @@ from .vault import Vault
 
 _CHUNK = 500
 _KEPT = 65_536
-_FEW = 64
+_MOST_ACTS = 5000
+_FEW = 1024
 """Tombstones that are read beyond the number of ids asked about, to know them all: one read in place of many."""
 
 
@@ -55,6 +56,7 @@ def add(vault: Vault, service: Service, ids: bytes, at: str) -> None:
 class _Verdicts(NamedTuple):
     """The ids of one service that are known to be shredded, and those known not to be; None: all others."""
 
+    service: Service
     shredded: set[bytes]
     kept: set[bytes] | None
 
@@ -62,45 +64,96 @@ class _Verdicts(NamedTuple):
         return len(self.shredded) + len(self.kept or ())
 
 
+class _Known(NamedTuple):
+    """Verdicts by service id, which hold while the store's version is this; ``number`` is an audit record's.
+
+    None of them was read before that record was the newest.
+    """
+
+    version: int
+    number: int | None
+    verdicts: dict[bytes, _Verdicts]
+
+
 class Tombstones:
     """Answers "is it shredded?" for data keys that are asked for again and again.
 
-    Verdicts are kept only as long as no connection of any process has committed to the store since.
+    Verdicts are kept as long as no connection of any process has committed to the store since, or has but shredded
+    nothing of the tenant's. What is not known while the store does not answer is not answered.
     """
 
     def __init__(self, store: Store) -> None:
         self._store = store
         # One tuple, replaced whole: a thread must never pair old verdicts with a new version.
-        self._known: tuple[int, dict[bytes, _Verdicts]] = (-1, {})
+        self._known = _Known(-1, None, {})
 
     def find(self, service: Service, ids: bytes) -> frozenset[bytes]:
-        """Those of the ids that are shredded."""
+        """Those of the ids that are shredded.
+
+        Raises:
+            StoreUnavailable: it is not known, and the store does not answer.
+        """
         check_ids(ids)
         # Asked before the store is: a commit in between makes the next look ask again.
         seen = self._store.data_version()
-        version, services = self._known
-        if seen != version or sum(map(_Verdicts.size, list(services.values()))) > _KEPT:
-            services = {}
-            self._known = (seen, services)
-        known = services.get(service.service_id)
+        state = self._known
+        if seen != state.version:
+            state, _ = self._advance(state, seen)
+        known = state.verdicts.get(service.service_id)
         if known is not None and known.kept is None and not known.shredded:
             return frozenset()
         wanted = frozenset(split_ids(ids))
         if known is None or (known.kept is not None and not wanted <= known.kept | known.shredded):
-            known = self._look(service, wanted, known or _Verdicts(set(), set()))
-            services[service.service_id] = known
+            known = self._look(service, wanted, known)
+            if known.size() + sum(map(_Verdicts.size, list(state.verdicts.values()))) > _KEPT:
+                state.verdicts.clear()
+            state.verdicts[service.service_id] = known
         return wanted & known.shredded
 
-    def _look(self, service: Service, wanted: frozenset[bytes], known: _Verdicts) -> _Verdicts:
+    def refresh(self) -> None:
+        """Read again, ahead of their use, the verdicts that somebody's shredding made unknown.
+
+        So an outage of the store that comes next finds them known.
+        """
+        seen, state = self._store.data_version(), self._known
+        if seen == state.version or state.version == -1:
+            return
+        state, dropped = self._advance(state, seen)
+        for service in dropped:
+            state.verdicts[service.service_id] = self._look(service, frozenset(), None)
+
+    def _advance(self, state: _Known, seen: int) -> tuple[_Known, list[Service]]:
+        """Take over the verdicts that still hold; returns the services of the others too."""
+        columns = schema.audit.c
+        with self._store.read() as connection:
+            last = audit.last_number(connection)
+            acts = sql.select(columns.tenant).where(
+                columns.number > (state.number or 0), columns.act.in_(("shred", "unlink"))
+            )
+            few = state.number is not None and 0 <= last - state.number <= _MOST_ACTS
+            acted_on = set(connection.execute(acts.distinct()).scalars()) if few else None
+        # Copied only now: a verdict that another thread adds to the old ones, read before the acts were, is either
+        # seen here or lost.
+        verdicts = dict(state.verdicts)
+        dropped = [
+            each.service for each in verdicts.values() if acted_on is None or each.service.tenant in acted_on
+        ]
+        for service in dropped:
+            del verdicts[service.service_id]
+        self._known = state = _Known(seen, last, verdicts)
+        return state, dropped
+
+    def _look(self, service: Service, wanted: frozenset[bytes], known: _Verdicts | None) -> _Verdicts:
         """Read the verdicts on these ids; or all of the service's tombstones, if they are not many more."""
-        unknown = wanted - known.shredded - (known.kept or set())
+        shredded, kept = (known.shredded, known.kept or set()) if known is not None else (set(), set())
+        unknown = wanted - shredded - kept
         with self._store.read() as connection:
             every = _first(connection, service, len(unknown) + _FEW)
             if len(every) < len(unknown) + _FEW:
-                return _Verdicts(every, None)
+                return _Verdicts(service, every, None)
             found = _find(connection, service, list(unknown))
         # New sets: another thread may be reading the old ones.
-        return _Verdicts(known.shredded | found, (known.kept or set()) | (unknown - found))
+        return _Verdicts(service, shredded | found, kept | (unknown - found))
 
 
 def _first(connection: sql.Connection, service: Service, most: int) -> set[bytes]:

@@ -28,7 +28,6 @@ def read_tree(vault: Vault, tenant: str | None) -> list[TenantStatus]:
             sql.select(schema.tenants, schema.tenant_keys.c.version.label("key_version"))
             .join(schema.tenant_keys, schema.tenant_keys.c.tenant == schema.tenants.c.tenant)
             .where(wanted, schema.tenants.c.state != UNLINKED, schema.tenant_keys.c.state == KeyState.ACTIVE)
-            .order_by(schema.tenants.c.tenant)
         ).all()
         services = _services(connection, tenant)
         shredded = _shredded(connection, tenant)
@@ -49,7 +48,8 @@ def read_tree(vault: Vault, tenant: str | None) -> list[TenantStatus]:
             services=tuple(services[row.tenant]),
             created_at=row.created_at,
         )
-        for row, (state, reason) in ((row, _state_of(vault, row)) for row in rows)
+        # Sorted here: a server sorts as its own language does.
+        for row, (state, reason) in ((row, _state_of(vault, row)) for row in sorted(rows, key=_TENANT))
     ]
 
 
@@ -62,6 +62,11 @@ def _state_of(vault: Vault, row: Row[Any]) -> tuple[TenantState, str]:
     if here is not None:
         return here.state, here.reason
     return TenantState(row.liveness), row.liveness_reason
+
+
+_TENANT: Final = attrgetter("tenant")
+_VERSION: Final = attrgetter("version")
+_NAME: Final = attrgetter("service")
 
 
 class _Shared:
@@ -80,10 +85,6 @@ class _Shared:
         if found is None:
             found = self._keys[place] = (ServiceKeyStatus(version, KeyState(state), self.text(created_at)),)
         return found
-
-
-_VERSION: Final = attrgetter("version")
-_NAME: Final = attrgetter("service")
 
 
 def _services(connection: sql.Connection, tenant: str | None) -> dict[str, list[ServiceStatus]]:

@@ -10,6 +10,7 @@ would wait for.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable
@@ -21,9 +22,10 @@ import sqlalchemy as sql
 from sqlalchemy.engine import Connection
 
 from ..clock import awake_clock, utc_now
-from ..crypto import WrappingKey
+from ..crypto import WrappingKey, unwrap_key
 from ..errors import (
     AccessDenied,
+    ConfigurationError,
     CoreUnavailable,
     DecryptError,
     KeyDestroyed,
@@ -43,7 +45,7 @@ from .liveness import Liveness
 from .opening import open_sealed_tenant_key, open_service_key, root_context
 from .patience import patiently
 from .refusals import Refusals
-from .rows import LIVE, MAX_REASON, FoundKey, TenantRow, no_such_service, read_service_key, read_tenant
+from .rows import LIVE, FoundKey, TenantRow, no_such_service, read_service_key, read_tenant, storable
 from .seal import open_seal
 from .store import Store
 from .watcher import Listeners
@@ -80,8 +82,11 @@ class Vault:
         clock: Callable[[], float] = awake_clock,
         probe_interval: float = PROBE_SECONDS,
         grace: float = GRACE_SECONDS,
+        store_grace: float = GRACE_SECONDS,
     ) -> None:
         self.store = store
+        self.store_grace = store_grace
+        self.region: str | None = None  # until the vault is there
         self.seal_path = seal_path
         self.listeners = Listeners()
         self.clock = clock
@@ -211,7 +216,16 @@ class Vault:
             raise
 
     def ask_root(self, row: TenantRow) -> bytes:
-        """Have the root unwrap the tenant key, once; what it gives back is sealed still."""
+        """Have the root unwrap the tenant key, once; what it gives back is sealed still.
+
+        Raises:
+            ConfigurationError: the tenant is another region's than this vault.
+        """
+        if row.region != self.region:
+            raise ConfigurationError(
+                f"the tenant {row.tenant} belongs to region {row.region} and this vault to {self.region}; a tenant is "
+                "linked in each region by itself"
+            )
         return self.root(row.root_uri).unwrap(
             row.wrapped, root_context(row.tenant, row.region, row.key_version)
         )
@@ -368,7 +382,7 @@ class Vault:
 
     def record_liveness(self, tenant: str, state: TenantState, reason: str) -> None:
         """Write what a root said into the vault and its audit record, if it is news; others then look too."""
-        columns = schema.tenants.c
+        columns, reason = schema.tenants.c, storable(reason)
         with self.store.write() as connection:
             before = connection.execute(
                 sql.select(columns.liveness).where(columns.tenant == tenant, columns.state == LIVE)
@@ -380,11 +394,9 @@ class Vault:
             connection.execute(
                 schema.tenants.update()
                 .where(columns.tenant == tenant)
-                .values(
-                    liveness=state, liveness_reason=reason[:MAX_REASON], generation=columns.generation + step
-                )
+                .values(liveness=state, liveness_reason=reason, generation=columns.generation + step)
             )
-            audit.append(connection, utc_now(), f"root-{state}", tenant, detail=reason[:MAX_REASON])
+            audit.append(connection, utc_now(), f"root-{state}", tenant, detail=reason)
 
     def changed(self, tenant: str, generation: int, *, keep: bool = False) -> None:
         """Take note of an act of this process, of which Gateways need not hear as of another's; drops open keys."""
@@ -394,16 +406,24 @@ class Vault:
         self.follower.changed(tenant, generation)
 
 
-def check_seal(seal: WrappingKey, check: bytes, vault_id: bytes) -> None:
-    """Raise SealError unless the seal key is this vault's."""
-    from ..crypto import unwrap_key
+def seal_check_aad(vault_id: bytes, region: str | None) -> bytes:
+    """What the vault's seal check is bound to; without a region in vaults of before it was."""
+    if region is None:
+        return b"openkcm/v1/seal-check" + vault_id
+    return b"openkcm/v2/seal-check" + vault_id + region.encode()
 
-    try:
-        unwrap_key(seal, check, b"openkcm/v1/seal-check" + vault_id).wipe()
-    except DecryptError:
-        raise SealError(
-            "the seal file belongs to another vault, or is damaged; put this vault's own seal file back"
-        ) from None
+
+def check_seal(seal: WrappingKey, check: bytes, vault_id: bytes, region: str) -> None:
+    """Raise SealError unless the seal key is this vault's, and the vault is this region's."""
+    # A vault of before binds each tenant's keys to its region, but not yet its own name for it.
+    for bound in (region, None):
+        with contextlib.suppress(DecryptError):
+            unwrap_key(seal, check, seal_check_aad(vault_id, bound)).wipe()
+            return
+    raise SealError(
+        "the seal file belongs to another vault, or is damaged, or the vault was given another region; put this "
+        "vault's own seal file back"
+    )
 
 
 def _killed(tenant: str, why: str) -> TenantDark:

@@ -71,13 +71,18 @@ class Repeater(Generic[T]):
         self._name = name
         self._act = act
         self._wait = first
-        self._stop = threading.Event()
+        self._stopped = False
+        self._woken = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         failing, wait = False, self._wait
-        while not self._stop.wait(wait):
+        while True:
+            self._woken.wait(wait)
+            self._woken.clear()
+            if self._stopped:
+                return
             core = self._core()
             if core is None:
                 return
@@ -92,8 +97,13 @@ class Repeater(Generic[T]):
                 logger.exception("%s failed", self._name)
             del core
 
+    def wake(self) -> None:
+        """Do it now, and not only when its time has come."""
+        self._woken.set()
+
     def stop(self) -> None:
         """End the thread; it is waited for unless it is the caller."""
-        self._stop.set()
+        self._stopped = True
+        self._woken.set()
         if self._thread is not threading.current_thread():
             self._thread.join(timeout=5)
