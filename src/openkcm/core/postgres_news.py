@@ -57,7 +57,7 @@ class News:
         self.listening = address.listen
         self.heard = self.tried = awake_clock()
         self._address = address
-        self._number: int | None = None
+        self.number: int | None = None
         self._counting = threading.Lock()
         self._looking = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -115,8 +115,8 @@ class News:
     def note(self, number: int) -> None:
         """The newest audit record's number, as the database has it now."""
         self.heard = awake_clock()
-        if number != self._number:
-            self._number = number
+        if number != self.number:
+            self.number = number
             self.news()
 
     def news(self) -> None:

@@ -285,6 +285,9 @@ class Vault:
         return _of_tenant(held, service)
 
     def _open_service_key(self, service: Service, version: int | None) -> ServiceKey:
+        killed = self._dark.get(service.tenant)
+        if killed is not None:  # which the store may not know, or not be there to say
+            raise _killed(service.tenant, killed)
         seen = self._refusals.check(service.tenant)
         if not self.ring.is_open(service.tenant):
             self.liveness.check_silent(
