@@ -147,8 +147,11 @@ class Credentials:
             ConfigurationError: ``name`` is neither a host name nor an address.
         """
         chain = _parsed(certificates)
-        subject = _subject(name)
-        verifier = PolicyBuilder().store(self._store).time(_now()).build_server_verifier(subject)
+        policy = PolicyBuilder().store(self._store).time(_now())
+        try:
+            verifier = policy.build_server_verifier(_subject(name))
+        except (ValueError, TypeError):
+            raise ConfigurationError("a server's name is a host name in ASCII, or an IP address") from None
         try:
             verifier.verify(chain[0], chain[1:])
         except (VerificationError, ValueError):
@@ -205,11 +208,7 @@ def _subject(name: str) -> x509.DNSName | x509.IPAddress:
     try:
         return x509.IPAddress(ipaddress.ip_address(name))
     except ValueError:
-        pass
-    try:
         return x509.DNSName(name)
-    except (ValueError, TypeError):
-        raise ConfigurationError("a server's name is a host name in ASCII, or an IP address") from None
 
 
 def _now() -> datetime:
