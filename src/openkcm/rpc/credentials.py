@@ -11,6 +11,7 @@ was agreed on before can be opened with it.
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import stat
@@ -251,12 +252,14 @@ def _read(path: Path) -> tuple[bytes, os.stat_result]:
     """A file's bytes, and the state of the very file that was read."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
+                raise ConfigurationError(f"{path} is not a regular file of at most {MAX_FILE_BYTES} bytes")
+            with os.fdopen(descriptor, "rb", closefd=False) as stream:
+                return stream.read(MAX_FILE_BYTES), status
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        raise ConfigurationError(
-            f"{path} cannot be opened: {os.strerror(error.errno or 0).lower()}"
-        ) from None
-    with os.fdopen(descriptor, "rb") as stream:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
-            raise ConfigurationError(f"{path} is not a regular file of at most {MAX_FILE_BYTES} bytes")
-        return stream.read(), status
+        reason = os.strerror(error.errno or errno.EIO).lower()
+        raise ConfigurationError(f"{path} cannot be read: {reason}") from None
