@@ -31,8 +31,11 @@ MOST_IDS: Final = 16_384
 class Subscriber:
     """One stream: what waits to be told on it."""
 
-    def __init__(self, streams: Streams, peer: Peer, allows: Callable[[str], bool]) -> None:
+    def __init__(
+        self, streams: Streams, peer: Peer, allows: Callable[[str], bool], woken: Callable[[], None]
+    ) -> None:
         self._streams = streams
+        self._woken = woken
         self.peer = peer
         self._allows = allows
         self._wake = threading.Condition()
@@ -54,18 +57,21 @@ class Subscriber:
             else:
                 self._waiting.append(event)
             self._wake.notify()
+        self._woken()
 
     def reset(self) -> None:
         """Have the peer drop everything it holds."""
         with self._wake:
             self._reset = True
             self._wake.notify()
+        self._woken()
 
     def close(self) -> None:
         """End the stream."""
         with self._wake:
             self._closed = True
             self._wake.notify()
+        self._woken()
 
     def take(self, seconds: float = HEARTBEAT_SECONDS) -> pb.WatchReply | None:
         """What to send next, after ``seconds`` at the latest; None when the stream has ended."""
@@ -105,8 +111,15 @@ class Streams:
         self._unwatch = core.watch(self._tell)
         self._grants = core.access.changes
 
-    def open(self, peer: Peer, request: pb.WatchRequest) -> Subscriber:
+    def open(
+        self, peer: Peer, request: pb.WatchRequest, woken: Callable[[], None] = lambda: None
+    ) -> Subscriber:
         """Begin a stream, with what the peer missed since its position told first.
+
+        Args:
+            peer: whose.
+            request: where it left off.
+            woken: is called when there is something to take, by whoever does not wait in ``take``.
 
         Raises:
             AccessDenied: the peer has no grant at all.
@@ -119,7 +132,7 @@ class Streams:
         def allows(tenant: str) -> bool:
             return access.sees(peer.identity, tenant)
 
-        subscriber = Subscriber(self, peer, allows)
+        subscriber = Subscriber(self, peer, allows, woken)
         with self._lock:
             if len(self._subscribers) >= self._most:
                 raise LimitExceeded("this Core has as many watch streams as it takes; try another")
