@@ -58,6 +58,7 @@ class Site:
             "tls.certificate": str(self.server.certificate),
             "tls.key": str(self.server.key),
             "tls.clients": str(self.ca.certificate_path),
+            "listen.data": "127.0.0.1:0",
             "listen.grpc": "127.0.0.1:0",
         } | settings
         path = self.folder / f"{name}.toml"
@@ -84,7 +85,7 @@ class Site:
     ) -> openkcm.RemoteCore:
         """A client of servers by their ports."""
         every = [ports] if isinstance(ports, Mapping) else ports
-        addresses = [f"grpc://127.0.0.1:{each['grpc']}" for each in every]
+        addresses = [f"127.0.0.1:{each['data']}" for each in every]
         return openkcm.connect(addresses, tls=self.tls(name), **options)  # type: ignore[arg-type]
 
 

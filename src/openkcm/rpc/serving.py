@@ -16,6 +16,7 @@ from ..core import Core
 from . import wire
 from .config import ServeConfig
 from .denials import Denials
+from .frame_server import Bounds, FrameServer
 from .handlers import KeyHandlers
 from .session import Credentials, SessionTable
 from .streams import Streams
@@ -50,6 +51,7 @@ class CoreServer:
         self.streams = Streams(self.core, config.limits.streams)
         self.handlers = KeyHandlers(self.core, self._credentials, SessionTable(), self.denials)
         self._watchers = ThreadPoolExecutor(config.limits.streams, thread_name_prefix="openkcm-stream")
+        self._frames: FrameServer | None = None
         self._servers: list[Any] = []
         self._health: list[Any] = []
         self.ports: dict[str, int] = {}
@@ -59,6 +61,8 @@ class CoreServer:
     def start(self) -> None:
         """Listen on every address of the configuration."""
         try:
+            if self.config.listen.data:
+                self.ports["data"] = self._start_frames(self.config.listen.data)
             if self.config.listen.grpc:
                 self.ports["grpc"] = self._start_grpc(self.config.listen.grpc)
         except BaseException:
@@ -75,12 +79,23 @@ class CoreServer:
             for health in self._health:
                 health.enter_graceful_shutdown()
             self.streams.close()
+            if self._frames is not None:
+                self._frames.stop(seconds)
             for ended in [server.stop(seconds) for server in self._servers]:
                 ended.wait(seconds + 5)
             self._watchers.shutdown(wait=False, cancel_futures=True)
             self.denials.close()
             self.handlers.close()
             self.core.close()
+
+    def _start_frames(self, address: str) -> int:
+        limits = self.config.limits
+        bounds = Bounds(connections=limits.connections, threads=limits.threads, waiting=limits.calls)
+        self._frames = FrameServer(
+            address, self.config.tls.pem, self.handlers, self.streams, self.denials, bounds
+        )
+        self._frames.start()
+        return self._frames.port
 
     def _start_grpc(self, address: str) -> int:
         from grpc_health.v1 import health, health_pb2, health_pb2_grpc
