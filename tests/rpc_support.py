@@ -76,9 +76,11 @@ class Site:
         finally:
             server.stop(1)
 
-    def start(self, name: str = "core", **settings: object) -> Replica:
+    def start(
+        self, name: str = "core", environment: Mapping[str, str] | None = None, **settings: object
+    ) -> Replica:
         """A server in a process of its own."""
-        return Replica(self.config(name, **settings))
+        return Replica(self.config(name, **settings), environment)
 
     def connect(
         self, ports: Mapping[str, int] | Sequence[Mapping[str, int]], name: str = "gateway", **options: object
@@ -89,15 +91,20 @@ class Site:
         return openkcm.connect(addresses, tls=self.tls(name), **options)  # type: ignore[arg-type]
 
 
+class NotStarted(Exception):
+    """A server ended before it listened; the text is what it said."""
+
+
 class Replica:
     """``openkcm serve core`` as a process."""
 
-    def __init__(self, config: Path) -> None:
+    def __init__(self, config: Path, environment: Mapping[str, str] | None = None) -> None:
         self.config = config
+        self._environment = dict(environment or {})
         self.log = config.with_suffix(".log")
         self.start()
 
-    def start(self, **more: str) -> None:
+    def start(self) -> None:
         """Start it, and wait until it listens."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -113,13 +120,14 @@ class Replica:
                 ],
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=environment(**more),
+                env=environment(**self._environment),
             )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
+            self.process.stdout.close()
             self.process.wait(10)
-            raise AssertionError(f"the server did not start:\n{self.log.read_text()[-4000:]}")
+            raise NotStarted(self.log.read_text()[-4000:])
         self.ports: dict[str, int] = json.loads(line)["ready"]["ports"]
 
     @property
@@ -131,6 +139,8 @@ class Replica:
         """SIGKILL."""
         self.process.kill()
         self.process.wait(10)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
 
     def stop(self, seconds: float = 30) -> int:
         """SIGTERM; returns the exit code."""
