@@ -20,9 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-HERE: Final = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
-
+import _tests_path  # noqa: F401
 import openkcm
 from environment import processor, system
 from peers.transit import BATCH, Transit
@@ -77,7 +75,9 @@ def quantiles(seconds: list[float]) -> tuple[float, float]:
     return ordered[len(ordered) // 2] * 1e6, ordered[int(len(ordered) * 0.99)] * 1e6
 
 
-def batches(contenders: dict[str, openkcm.ServiceHandle], transit: Transit, rounds: int) -> dict[str, list[float]]:
+def batches(
+    contenders: dict[str, openkcm.ServiceHandle], transit: Transit, rounds: int
+) -> dict[str, list[float]]:
     """Records a second of every contender, in turns."""
     records = [bytes([at % 251]) * SIZE for at in range(RECORDS)]
     sealed = {name: service.encrypt_many(records) for name, service in contenders.items()}
@@ -136,18 +136,26 @@ def run(site: Site, replica: Replica, rounds: int) -> None:
     try:
         services = {name: far.service for name, far in fars.items()}
         found = batches({**services, "embedded": near.service("acme", "records")}, transit, rounds)
-        print(f"{processor()}; {system()}; Python {sys.version.split()[0]}; {openkcm.backend_info()['openssl']}")
-        print(f"\n| {RECORDS:,} records of {SIZE} bytes, a key each | records a second, median | lowest | highest |")
+        print(
+            f"{processor()}; {system()}; Python {sys.version.split()[0]}; {openkcm.backend_info()['openssl']}"
+        )
+        print(
+            f"\n| {RECORDS:,} records of {SIZE} bytes, a key each | records a second, median | lowest | highest |"
+        )
         print("|---|---:|---:|---:|")
         for name, rates in found.items():
             print(f"| {name} | {statistics.median(rates):,.0f} | {min(rates):,.0f} | {max(rates):,.0f} |")
         base = statistics.median(found["decrypt, OpenBao Transit"])
         for name in fars:
-            print(f"\nDecrypting over {name}: {statistics.median(found[f'decrypt, {name}']) / base:.1f} times Transit.")
+            print(
+                f"\nDecrypting over {name}: {statistics.median(found[f'decrypt, {name}']) / base:.1f} times Transit."
+            )
         print("\n| one cold decrypt | empty call p50 | p99 | decrypt p50 | p99 | ratio p50 | p99 |")
         print("|---|---:|---:|---:|---:|---:|---:|")
         for name, far in fars.items():
-            (call50, call99), (own50, own99) = cold(far, grpc_empty(far) if name == "gRPC" else far.empty_call)
+            (call50, call99), (own50, own99) = cold(
+                far, grpc_empty(far) if name == "gRPC" else far.empty_call
+            )
             print(
                 f"| {name} | {call50:.0f} us | {call99:.0f} us | {own50:.0f} us | {own99:.0f} us "
                 f"| {own50 / call50:.2f} | {own99 / call99:.2f} |"
