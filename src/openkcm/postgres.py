@@ -8,6 +8,7 @@ a connection alone that another process made, and so do we.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Generator
 from typing import Any, Final, TypeVar
@@ -36,6 +37,8 @@ SILENCE_SECONDS: Final = 12.0
 
 FORGOTTEN_SECONDS: Final = 30.0
 """After so long the server ends a transaction whose process was stopped in the middle, and holds up all others."""
+
+_THIS_MACHINE: Final = ("localhost", "127.0.0.1", "::1")
 
 # Where the network is gone without a word: ask after 2 s of silence, give up after 6.
 _NETWORK: Final = {
@@ -149,6 +152,18 @@ class Address:
             f"/{parsed['dbname']}"
         )
 
+    @property
+    def weakness(self) -> str:
+        """What is weak about the connection, or nothing: it is TLS with the server verified, or stays on this machine.
+
+        What passes is wrapped keys and the audit record; whoever answers in the server's place could undo a kill.
+        """
+        hosts = self._parameters["host"].split(",") + self._parameters["hostaddr"].split(",")
+        if all(not host or host.startswith(("/", "@")) or host in _THIS_MACHINE for host in hosts):
+            return ""
+        mode = self._parameters["sslmode"] or os.environ.get("PGSSLMODE", "prefer")
+        return "" if mode == "verify-full" else f"the server is not verified (sslmode={mode})"
+
     def __repr__(self) -> str:
         return f"<Address {self.place}>"
 
@@ -173,6 +188,9 @@ class _Hidden:
 
     def __repr__(self) -> str:
         return "<redacted>"
+
+    def __getitem__(self, name: str) -> str:
+        return self._parameters.get(name, "")
 
     def conninfo(self) -> str:
         return make_conninfo("", **self._parameters)

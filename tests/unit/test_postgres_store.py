@@ -16,7 +16,7 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 import openkcm
-from openkcm.core import postgres_store
+from openkcm.core import audit, postgres_store
 from openkcm.core.postgres_store import PostgresStore
 from openkcm.core.store import open_store
 from openkcm.errors import ConfigurationError, InvalidInput, StoreUnavailable
@@ -384,3 +384,41 @@ def test_a_closed_core_stays_closed(postgres_url: str, open_replica: Callable[..
         refused(use, openkcm.CoreUnavailable)
     assert threading.active_count() <= before
     assert os.getpid()
+
+
+@pytest.mark.parametrize(
+    ("url", "weak"),
+    [
+        ("postgresql://db.example/d", True),
+        ("postgresql://db.example/d?sslmode=require", True),
+        ("postgresql://db.example/d?sslmode=verify-full", False),
+        ("postgresql://127.0.0.1,db.example/d", True),
+        ("postgresql://127.0.0.1/d?hostaddr=10.1.1.1", True),
+        ("postgresql://localhost/d", False),
+        ("postgresql:///d?host=/run/postgresql", False),
+        ("postgresql:///d", False),
+    ],
+)
+def test_a_connection_that_others_could_answer_is_weak(
+    url: str, weak: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PGSSLMODE", raising=False)
+    assert bool(Address(url).weakness) is weak
+
+
+def test_who_made_it_between_looking_and_writing_counts(
+    postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[openkcm.Core] = []
+    begin = audit.begin
+
+    def overtaken(*arguments: str) -> None:
+        if not made:
+            monkeypatch.setattr(audit, "begin", begin)
+            made.append(openkcm.Core.open(postgres_url, seal=tmp_path / "s", create=True, region="eu"))
+        begin(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(audit, "begin", overtaken)
+    with openkcm.Core.open(postgres_url, seal=tmp_path / "s", create=True) as core, made[0] as other:
+        assert core.region == other.region == "eu"
+        assert [record.detail for record in core.audit_records()] == ["region eu"]

@@ -167,7 +167,10 @@ def _vault(development: Level) -> Iterator[Check]:
 
     path = vault_path()
     if path is None:
-        yield Check("vault", "database", Level.INFO, "a server")
+        server = list(_guarded("vault", _server))
+        yield from server
+        if not any(check.name == "database" and check.level is Level.OK for check in server):
+            return
     elif not os.path.exists(path):
         yield Check("vault", "database", Level.INFO, f"there is none at {path}", "`openkcm init` makes one")
         return
@@ -176,18 +179,40 @@ def _vault(development: Level) -> Iterator[Check]:
     yield from _guarded("roots", lambda: _roots(development))
 
 
+def _server() -> Iterator[Check]:
+    """A vault in PostgreSQL: whether it is there, whom it is taken for, and its seal file."""
+    from ..core.store import open_store
+    from .session import seal_option, vault_url
+
+    seal = seal_option()
+    if seal is None:
+        yield Check("vault", "seal file", Level.UNSAFE, "none is named; nothing opens", "set OPENKCM_SEAL")
+    else:
+        yield from _seal(seal)
+    store = open_store(vault_url())
+    try:
+        found = "a vault" if store.exists() else "no vault yet"
+        advice = "" if found == "a vault" else "`openkcm init` makes one"
+        yield Check(
+            "vault", "database", Level.INFO if advice else Level.OK, f"{store.place}: {found}", advice
+        )
+        weakness = store.weakness()
+    finally:
+        store.retire()
+    yield Check(
+        "vault",
+        "connection",
+        Level.WEAK if weakness else Level.OK,
+        weakness or "TLS with the server verified, or on this machine",
+        "put sslmode=verify-full and sslrootcert=PATH into the URL" if weakness else "",
+    )
+
+
 def _files(path: str) -> Iterator[Check]:
     from .session import seal_path
 
     yield _private("database", path, Level.WEAK)
-    seal = seal_path(path)
-    if os.path.exists(seal):
-        yield _private("seal file", seal, Level.UNSAFE)
-        yield Check("vault", "seal copy", Level.INFO, "keep one elsewhere: without it nothing here opens")
-    else:
-        yield Check(
-            "vault", "seal file", Level.UNSAFE, f"{seal} is missing; nothing opens", "put its copy back"
-        )
+    yield from _seal(seal_path(path))
     directory = os.path.dirname(os.path.abspath(path))
     mode = os.stat(directory).st_mode
     loose = bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX
@@ -198,6 +223,16 @@ def _files(path: str) -> Iterator[Check]:
         "anybody may replace the files in it" if loose else "not writable by others",
         f"chmod o-w {directory}" if loose else "",
     )
+
+
+def _seal(seal: str) -> Iterator[Check]:
+    if os.path.exists(seal):
+        yield _private("seal file", seal, Level.UNSAFE)
+        yield Check("vault", "seal copy", Level.INFO, "keep one elsewhere: without it nothing here opens")
+    else:
+        yield Check(
+            "vault", "seal file", Level.UNSAFE, f"{seal} is missing; nothing opens", "put its copy back"
+        )
 
 
 def _private(name: str, path: str, level: Level) -> Check:

@@ -26,17 +26,30 @@ def init(
     from ..core import Core
     from ..errors import AlreadyExists
     from .output import answer, plain, warn_of_fallback
-    from .session import holds_vault, seal_option, vault_path, vault_url
+    from .session import holds_vault, seal_option, vault_name, vault_path, vault_url
 
     warn_of_fallback()
     path = vault_path()
     if path is not None and os.path.lexists(path) and (holds_vault(path) or not os.path.isfile(path)):
         raise AlreadyExists(f"there is a vault at {path} already; nothing was changed")
-    with Core.open(vault_url(), seal=seal_option(), region=region) as core:
+    if path is None and _holds_vault(vault_url()):
+        raise AlreadyExists(f"there is a vault in {vault_name()} already; nothing was changed")
+    with Core.open(vault_url(), seal=seal_option(), region=region, create=True) as core:
         seal = str(core.seal_path)
     answer(
-        {"vault": vault_url(), "seal": seal, "region": region},
-        f"made the vault [bold]{plain(path or vault_url())}[/] and its seal key [bold]{plain(seal)}[/]",
+        {"vault": vault_name(), "seal": seal, "region": region},
+        f"made the vault [bold]{plain(path or vault_name())}[/] and its seal key [bold]{plain(seal)}[/]",
         "[yellow]Keep a copy of the seal key in a safe place: without it, all data of this vault is lost.[/]",
         "[dim]next: openkcm tenant link NAME --root URI[/]",
     )
+
+
+def _holds_vault(url: str) -> bool:
+    """Whether a server's database holds a vault."""
+    from ..core.store import open_store
+
+    store = open_store(url)
+    try:
+        return store.exists()
+    finally:
+        store.retire()

@@ -41,7 +41,7 @@ def unplug(
 
     with open_core() as core:
         (status,) = core.status(tenant)
-        path = keys or str(core.default_key_store)
+        path = keys or os.environ.get("OPENKCM_KEYS") or str(core.default_key_store or "")
     subjects = _subjects(status, path)
     services = [
         {
@@ -72,7 +72,7 @@ def unplug(
 
 def _subjects(status: TenantStatus, path: str) -> dict[str, int] | None:
     """Named data keys of each service; None where there is no key store."""
-    if not os.path.exists(path):
+    if not os.path.exists(path):  # nor where none was named
         return None
     from ..gateway.sqlite_store import SQLiteKeyStore
 
@@ -104,7 +104,15 @@ def _text(status: TenantStatus, services: list[dict[str, Any]], named: int | Non
         table.add_row(plain(each["service"]), str(each["service_keys"]), subjects, lease)
     versions = sum(each["service_keys"] for each in services)
     known = f"1 tenant key, {versions} service key{'s' * (versions != 1)}"
-    known += f", {named:,} named data keys" if named is not None else f"; no key store at {plain(path)}"
+    known += (
+        f", {named:,} named data keys"
+        if named is not None
+        else (
+            f"; no key store at {plain(path)}"
+            if path
+            else "; name the key store (--keys) to count named ones"
+        )
+    )
     return [
         f"[bold]{plain(status.tenant)}[/]  {state_text(status)}  {root_text(status)}",
         "",

@@ -32,6 +32,15 @@ def vault_url() -> str:
     return settings.vault if "://" in settings.vault else f"sqlite:///{os.path.expanduser(settings.vault)}"
 
 
+def vault_name() -> str:
+    """Return what to call the vault in what is shown: its URL, without a password."""
+    if vault_path() is not None:
+        return vault_url()
+    from ..core.store import open_store
+
+    return open_store(vault_url()).place
+
+
 def vault_path() -> str | None:
     """Return the path of an SQLite vault, else None."""
     url = vault_url()
@@ -64,11 +73,11 @@ def open_core(**options: Any) -> Iterator[Core]:
 
 @contextlib.contextmanager
 def open_gateway() -> Iterator[Gateway]:
-    """Open the vault and a Gateway on it."""
+    """Open the vault and a Gateway on it; its key store is beside the vault, or what OPENKCM_KEYS names."""
     with open_core() as core:
         from ..gateway import Gateway
 
-        gateway = Gateway(core)
+        gateway = Gateway(core, keys=os.environ.get("OPENKCM_KEYS") or None)
         try:
             yield gateway
         finally:
@@ -83,7 +92,7 @@ def open_service(tenant: str, service: str) -> Iterator[ServiceHandle]:
 
 
 def seal_option() -> str | None:
-    """Return the seal file that OPENKCM_SEAL names; without it, it lies beside the vault."""
+    """Return the seal file that OPENKCM_SEAL names; without it, it lies beside the vault, if that is a file."""
     return os.environ.get("OPENKCM_SEAL") or None
 
 

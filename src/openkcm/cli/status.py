@@ -40,14 +40,14 @@ def status(
 ) -> None:
     """Show the tree of keys and their states."""
     from .output import answer, settings
-    from .session import open_core, vault_url
+    from .session import open_core, vault_name
 
     with open_core() as core:
         tenants = core.status(tenant)
     # Only where it is wanted: of a hundred thousand tenants it takes hundreds of megabytes.
     documents = [_document(each) for each in tenants] if settings.json else []
-    document = {"vault": vault_url(), "tenants": documents}
-    answer(document, key_tree(tenants, vault_url()))
+    document = {"vault": vault_name(), "tenants": documents}
+    answer(document, key_tree(tenants, vault_name()))
 
 
 def state_text(tenant: TenantStatus) -> str:

@@ -9,7 +9,7 @@ checkpoints are to close that).
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Final
 
 import sqlalchemy as sql
@@ -51,18 +51,17 @@ def append(
         .limit(1)
     ).first()
     number, previous = (last.number + 1, last.digest) if last else (1, START)
-    record = AuditRecord(number, at, act, tenant, service, detail)
+    _insert(connection, AuditRecord(number, at, act, tenant, service, detail), previous)
+
+
+def begin(connection: Connection, at: str, act: str, detail: str) -> None:
+    """Write the first record within the caller's write transaction; IntegrityError if another process did."""
+    _insert(connection, AuditRecord(1, at, act, "", "", detail), START)
+
+
+def _insert(connection: Connection, record: AuditRecord, previous: bytes) -> None:
     connection.execute(
-        schema.audit.insert().values(
-            number=number,
-            at=at,
-            act=act,
-            tenant=tenant,
-            service=service,
-            detail=detail,
-            previous=previous,
-            digest=digest(record, previous),
-        )
+        schema.audit.insert().values(**asdict(record), previous=previous, digest=digest(record, previous))
     )
 
 

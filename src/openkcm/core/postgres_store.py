@@ -209,6 +209,10 @@ class PostgresStore(Store):
         with self.read() as connection:
             return int(connection.exec_driver_sql(LAST_NUMBER).scalar() or 0)
 
+    def weakness(self) -> str:
+        """Whether others could read what passes, or answer in the server's place."""
+        return self._address.weakness
+
     def silence(self) -> float:
         """Seconds since the database last answered."""
         return self._news.clock() - self._news.heard

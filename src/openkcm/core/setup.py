@@ -49,9 +49,9 @@ def initialise(vault: Vault, region: str, at: str) -> None:
                     vault_id=vault_id, region=region, seal_check=check, created_at=at
                 )
             )
-            audit.append(connection, at, "init", detail=f"region {region}")
+            audit.begin(connection, at, "init", f"region {region}")
     except IntegrityError:
-        # Before there is a vault a server has nothing to lock; there is one record number 1 all the same.
+        # Before there is a vault a server has nothing to lock, but there can be only one record number 1.
         return
 
 

@@ -204,6 +204,10 @@ class SQLiteStore(Store):
     def look(self) -> None:
         """Nothing: ``data_version`` asks the file each time."""
 
+    def weakness(self) -> str:
+        """Nothing: the file's mode is what protects it."""
+        return ""
+
     def silence(self) -> float:
         """0: a file answers at once, or with an error."""
         return 0.0

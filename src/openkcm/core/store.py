@@ -103,6 +103,10 @@ class Store(abc.ABC):
         """Learn now what other processes committed, where ``data_version`` alone does not ask the database."""
 
     @abc.abstractmethod
+    def weakness(self) -> str:
+        """What is weak about the way to the database, or nothing."""
+
+    @abc.abstractmethod
     def silence(self) -> float:
         """Seconds since the database last answered, where it is asked all the time; else 0."""
 
