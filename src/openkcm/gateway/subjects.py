@@ -3,7 +3,8 @@
 
 Invariant: to encrypt, a subject's key is opened by the Core for every use, so a shred that another process made is
 seen before anything is encrypted under the old key; and a key is durable in the store before a record under it is
-returned.
+returned. What is remembered of the store is wrapped and bounded, and is looked at anew where it does not open: other
+Gateways move the same keys.
 """
 
 from __future__ import annotations
@@ -144,7 +145,9 @@ class SubjectKeys:
         """Open keys that all must open; else the destroyed ones are returned."""
         version = stored[0].version
         if any(key.version != version for key in stored):
-            self.rewrap(stored)
+            _, stuck = self._move(stored)
+            if stuck:
+                return None, stuck
             stored = [self._by_id.get(key.key_id, key) for key in stored]
             version = stored[0].version
             if any(key.version != version for key in stored):
@@ -154,21 +157,44 @@ class SubjectKeys:
         if not failures:
             return OpenKeys(keys, wrapped.ids), []
         keys.wipe()
+        refused = [stored[at] for at in failures]
+        self._raise_unless_destroyed(refused, failures)
+        return None, refused
+
+    def _raise_unless_destroyed(
+        self, refused: Sequence[StoredKey], failures: Mapping[int, OpenKCMError]
+    ) -> None:
         for error in failures.values():
             if type(error) is not KeyDestroyed:
+                # Not to be remembered: the store may be mended.
+                self.forget([key.key_id for key in refused])
                 raise error
-        return None, [stored[at] for at in failures]
 
     def _drop_destroyed(self, destroyed: Sequence[StoredKey]) -> None:
         """Forget keys that do not open any more; those that were shredded leave the store too."""
         if not destroyed:
             return
-        ids = [key.key_id for key in destroyed]
-        self.forget(ids)
-        gone = self._core.shredded(self._service, b"".join(ids))
-        if len(gone) < len(set(ids)):
+        gone, left = self._sort_out(destroyed)
+        if self._look_again(left):
             raise KeyDestroyed("the service key that wraps this subject's data key was destroyed")
-        self._store.remove(self._service.service_id, gone)
+        if gone:
+            self.forget(gone)
+            self._store.remove(self._service.service_id, gone)
+
+    def _sort_out(self, refused: Sequence[StoredKey]) -> tuple[list[bytes], list[StoredKey]]:
+        """Of keys that did not open: the ids of those that were shredded, and the others."""
+        gone = self._core.shredded(self._service, b"".join([key.key_id for key in refused]))
+        return [*gone], [key for key in refused if key.key_id not in gone]
+
+    def _look_again(self, refused: Sequence[StoredKey]) -> list[StoredKey]:
+        """Remember of keys that did not open what the store has now; those of them that are there just as they were."""
+        if not refused:
+            return []
+        ids = [key.key_id for key in refused]
+        self.forget(ids)
+        stored = self._store.find_ids(self._service.service_id, ids)
+        self._remember(stored.values())
+        return [key for key in refused if stored.get(key.key_id) == key]
 
     # ---- for decrypting ------------------------------------------------------------------------------
 
@@ -195,18 +221,43 @@ class SubjectKeys:
         Returns one group for each service key version among them, and the error of each position whose key did
         not open.
         """
+        for _ in range(_TRIES):
+            found = self._known_or_stored(ids)
+            groups, failures = self._open_found(ids, found)
+            try:
+                missing = [(at, each) for at, each in enumerate(ids) if each not in found]
+                explained = self._explain(missing)
+                if not failures or not self._moved([found[ids[at]] for at in failures]):
+                    return groups, {**explained, **failures}
+            except BaseException:
+                _wipe(groups)
+                raise
+            _wipe(groups)
+        raise StoreUnavailable("the subject's key is moved again and again; try once more")
+
+    def _moved(self, refused: Sequence[StoredKey]) -> bool:
+        """Whether some of the keys that did not open were moved: what they were under is destroyed, they are not."""
+        _, left = self._sort_out(refused)
+        return len(self._look_again(left)) < len(left)
+
+    def _known_or_stored(self, ids: Sequence[bytes]) -> dict[bytes, StoredKey]:
         found = {each: key for each in ids if (key := self._by_id.get(each)) is not None}
         missing = [each for each in ids if each not in found]
         if missing:
             stored = self._store.find_ids(self._service.service_id, missing)
             self._remember(stored.values())
             found.update(stored)
-        failures = self._explain([(at, each) for at, each in enumerate(ids) if each not in found])
+        return found
+
+    def _open_found(
+        self, ids: Sequence[bytes], found: Mapping[bytes, StoredKey]
+    ) -> tuple[list[OpenGroup], dict[int, OpenKCMError]]:
         versions: dict[int, list[int]] = {}
         for at, each in enumerate(ids):
             if each in found:
                 versions.setdefault(found[each].version, []).append(at)
-        groups = []
+        groups: list[OpenGroup] = []
+        failures: dict[int, OpenKCMError] = {}
         for version, positions in versions.items():
             wrapped = _pack([found[ids[at]] for at in positions], version)
             keys, failed = self._leases.open(wrapped)
@@ -230,13 +281,18 @@ class SubjectKeys:
 
     def rewrap(self, stored: Sequence[StoredKey]) -> int:
         """Move keys under the active service key, in the store as well; returns how many moved."""
+        return self._move(stored)[0]
+
+    def _move(self, stored: Sequence[StoredKey]) -> tuple[int, list[StoredKey]]:
+        """Move keys under the active service key: how many moved, and those that do not open any more."""
         moved: list[StoredKey] = []
+        stuck: list[StoredKey] = []
         for version in sorted({key.version for key in stored}):
             group = [key for key in stored if key.version == version]
             wrapped, failures = self._core.rewrap_keys(self._service, _pack(group, version))
-            for error in failures.values():
-                if type(error) is not KeyDestroyed:
-                    raise error
+            refused = [group[at] for at in failures]
+            self._raise_unless_destroyed(refused, failures)
+            stuck += refused
             if wrapped.version == version:
                 continue
             fresh = _split(wrapped, [key.subject for key in group])
@@ -244,7 +300,7 @@ class SubjectKeys:
         if moved:
             self._store.rewrap(self._service.service_id, moved)
             self._remember(moved)
-        return len(moved)
+        return len(moved), stuck
 
     def rewrap_ids(self, ids: Sequence[bytes]) -> list[OpenKCMError | None]:
         """Move the keys of these distinct ids under the active service key; the error of each that could not be."""
@@ -301,6 +357,11 @@ class SubjectKeys:
                 for key_id in list(islice(self._by_id, len(self._by_id) - CACHED // 2)):
                     old = self._by_id.pop(key_id)
                     self._by_subject.pop(old.subject, None)
+
+
+def _wipe(groups: Iterable[OpenGroup]) -> None:
+    for group in groups:
+        group.keys.wipe()
 
 
 def _pack(keys: Sequence[StoredKey], version: int) -> WrappedKeys:
