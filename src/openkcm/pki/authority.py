@@ -218,7 +218,7 @@ class DevelopmentCA:
             found = self.find(name)
             sans = certificates.sans_of(read_certificate(found.certificate))
             old_key = found.key.resolve()  # the same path leads to the new one in a moment
-            switch(self.folder / name, self._make(name, found.role, sans, lifetime))
+            self._make(name, found.role, sans, lifetime)
             old_key.unlink(missing_ok=True)
         return self.find(name)
 
@@ -230,13 +230,13 @@ class DevelopmentCA:
                     f"there is a certificate {name} already; 'openkcm pki renew {name}' renews it, "
                     f"'openkcm pki revoke {name}' frees the name"
                 )
-            switch(self.folder / name, self._make(name, role, sans, lifetime))
+            self._make(name, role, sans, lifetime)
         return self.find(name)
 
     def _make(
         self, name: str, role: Role, sans: list[x509.GeneralName], lifetime: datetime.timedelta
-    ) -> Path:
-        """Write a new key and certificate into a folder of their own; returns that, relative to the CA's."""
+    ) -> None:
+        """Write a new key and certificate into a folder of their own, and have the name lead there."""
         now = self._now()
         if now + lifetime > self.expires:
             raise InvalidInput(f"the CA itself ends on {self.expires:%Y-%m-%d}; ask for fewer days")
@@ -244,18 +244,18 @@ class DevelopmentCA:
         certificate = certificates.leaf_certificate(
             key.public_key(), name, role, sans, (now, lifetime), (self._certificate, self._key)
         )
-        draft = self.folder / "issued" / f".{secrets.token_hex(8)}.part"
-        draft.mkdir(mode=0o700)
+        target = self.folder / "issued" / f"{certificate.serial_number:040x}"
+        target.mkdir(mode=0o700)
         try:
-            write(draft / "tls.key", certificates.key_pem(key), 0o600)
-            write(draft / "tls.crt", certificate.public_bytes(Encoding.PEM), 0o644)
-            target = Path("issued") / f"{certificate.serial_number:040x}"
-            draft.rename(self.folder / target)
+            write(target / "tls.key", certificates.key_pem(key), 0o600)
+            # The certificate last: without it, the folder counts for nothing.
+            write(target / "tls.crt", certificate.public_bytes(Encoding.PEM), 0o644)
+            sync(target.parent)
+            switch(self.folder / name, target.relative_to(self.folder))
         except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)
+            if (self.folder / name).resolve() != target:
+                shutil.rmtree(target, ignore_errors=True)
             raise
-        sync(self.folder / "issued")
-        return target
 
     # ---- what there is -------------------------------------------------------------------------------
 
@@ -275,10 +275,11 @@ class DevelopmentCA:
         """Every certificate that was issued, by name and then the newest first."""
         current = {path.resolve() for path in self.folder.iterdir() if path.is_symlink()}
         revoked = self._revoked_serials()
-        folders = (path for path in (self.folder / "issued").iterdir() if not path.name.startswith("."))
+        # A crash may have left a folder without one.
+        folders = [path for path in (self.folder / "issued").iterdir() if (path / "tls.crt").exists()]
         found = [self._read_issued(path, current, revoked) for path in folders]
         found.sort(key=lambda each: each.not_before, reverse=True)
-        found.sort(key=lambda each: (each.name, each.certificate.parent not in current))
+        found.sort(key=lambda each: (each.name, each.certificate.parent.name != each.name))
         return tuple(found)
 
     def _read_issued(self, folder: Path, current: set[Path], revoked: set[int]) -> Issued:
