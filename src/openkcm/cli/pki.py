@@ -266,7 +266,7 @@ def _read_certificate(path: str) -> bytes:
     try:
         load = x509.load_pem_x509_certificate if b"-----BEGIN" in data else x509.load_der_x509_certificate
         return load(data).public_bytes(Encoding.DER)
-    except ValueError:
+    except (ValueError, x509.InvalidVersion):
         raise FormatError(f"{path} holds no certificate in PEM or DER") from None
 
 

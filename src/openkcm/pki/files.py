@@ -89,7 +89,7 @@ def read_certificate(path: Path) -> x509.Certificate:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except FileNotFoundError:
         raise ConfigurationError(f"{path} is missing; put it back, or make the CA anew elsewhere") from None
-    except ValueError:
+    except (ValueError, x509.InvalidVersion):
         raise ConfigurationError(f"{path} holds no certificate in PEM; put the right file back") from None
 
 
