@@ -168,6 +168,7 @@ def test_hostile_questions_are_answered_no(core: openkcm.Core) -> None:
 def test_an_unlinked_tenants_grants_end_with_it(core: openkcm.Core, tmp_path: Path) -> None:
     core.grant(ONE, "acme", "records", ["wrap"])
     core.grant(ONE, "umbra", "records", ["wrap"])
+    assert core.access.allows(ONE, "acme", "records", Verb.WRAP)
     core.unlink("acme")
     core.link_tenant("acme", root=f"local:{tmp_path / 'other.root'}")
     core.access.look()
