@@ -17,7 +17,8 @@ from libc.string cimport memcmp, memcpy, memset
 
 from .batch cimport ALONE, Batch, Item, bound_size, pin
 from .gcm cimport (
-    Gcm, gcm_begin, gcm_end, gcm_open, gcm_open_end, gcm_part, gcm_seal, gcm_seal_end, gcm_start, random_public,
+    Gcm, gcm_begin, gcm_end, gcm_open, gcm_open_end, gcm_part, gcm_seal, gcm_seal_end, gcm_start, okc_is_zero32,
+    random_public,
 )
 from .openssl cimport *
 from .secret cimport *
@@ -32,15 +33,9 @@ memset(ZEROS, 0, COMMITMENT)
 
 # ---- one record ----------------------------------------------------------------------------------------
 
-cdef int seal_record(Gcm *cipher, const uint8_t *key, const uint8_t *nonce, const uint8_t *aad, int aad_size,
-                     const uint8_t *data, Py_ssize_t size, uint8_t *output) noexcept nogil:
-    """The tail of an envelope: ciphertext of zeros and plaintext, then the tag."""
-    if size <= SMALL:
-        # One call over a copy is faster than two calls while the record is small.
-        memset(output, 0, COMMITMENT)
-        memcpy(output + COMMITMENT, data, <size_t>size)
-        return gcm_seal(cipher, key, nonce, aad, aad_size, output, output, <int>(COMMITMENT + size),
-                        output + COMMITMENT + size)
+cdef int seal_long(Gcm *cipher, const uint8_t *key, const uint8_t *nonce, const uint8_t *aad, int aad_size,
+                   const uint8_t *data, Py_ssize_t size, uint8_t *output) noexcept nogil:
+    """As ``seal_record``, from where the record lies."""
     if (gcm_start(cipher, key, nonce, aad, aad_size) != DONE
             or gcm_part(cipher, output, ZEROS, COMMITMENT) != DONE
             or gcm_part(cipher, output + COMMITMENT, data, <int>size) != DONE):
@@ -48,25 +43,17 @@ cdef int seal_record(Gcm *cipher, const uint8_t *key, const uint8_t *nonce, cons
     return gcm_seal_end(cipher, output + COMMITMENT + size)
 
 
-cdef int open_record(Gcm *cipher, const uint8_t *key, const uint8_t *nonce, const uint8_t *aad, int aad_size,
-                     const uint8_t *data, Py_ssize_t size, uint8_t *output, uint8_t *scratch) noexcept nogil:
-    """Open ciphertext and tag (``size`` counts the plaintext only) into ``output``, or wipe it."""
+cdef int open_long(Gcm *cipher, const uint8_t *key, const uint8_t *nonce, const uint8_t *aad, int aad_size,
+                   const uint8_t *data, Py_ssize_t size, uint8_t *output, uint8_t *scratch) noexcept nogil:
+    """As ``open_record``, to where the record goes; it is wiped there unless it verifies."""
     cdef int status
-    if size <= SMALL:
-        status = gcm_open(cipher, key, nonce, aad, aad_size, scratch, data, <int>(COMMITMENT + size),
-                          data + COMMITMENT + size)
-        if status == DONE and CRYPTO_memcmp(scratch, ZEROS, COMMITMENT) != 0:
-            status = REFUSED
-        if status == DONE:
-            memcpy(output, scratch + COMMITMENT, <size_t>size)
-        return status
     if (gcm_start(cipher, key, nonce, aad, aad_size) != DONE
             or gcm_part(cipher, scratch, data, COMMITMENT) != DONE
             or gcm_part(cipher, output, data + COMMITMENT, <int>size) != DONE):
         status = BROKEN
     else:
         status = gcm_open_end(cipher, data + COMMITMENT + size)
-        if status == DONE and CRYPTO_memcmp(scratch, ZEROS, COMMITMENT) != 0:
+        if status == DONE and not okc_is_zero32(scratch):
             status = REFUSED
     if status != DONE:
         OPENSSL_cleanse(output, <size_t>size)
@@ -123,41 +110,24 @@ cdef class RecordCipher:
     cdef int seal(self, Gcm *cipher, const uint8_t *key, const uint8_t *nonce, uint32_t version,
                   const uint8_t *middle, const Item *item) noexcept nogil:
         cdef uint8_t joined[JOINED]
-        cdef uint8_t *output = item.output
         cdef const uint8_t *aad
         cdef int status, aad_size
-        # A copy whose size the compiler knows is a few moves; every record has so much behind its head.
-        memcpy(output, self.head_room, ROOM)
-        output += self.head_size
-        output[0] = <uint8_t>(version >> 24)
-        output[1] = <uint8_t>((version >> 16) & 255)
-        output[2] = <uint8_t>((version >> 8) & 255)
-        output[3] = <uint8_t>(version & 255)
-        output += VERSION
-        if self.middle_size == WRAPPED:
-            memcpy(output, middle, WRAPPED)
-        else:
-            memcpy(output, middle, <size_t>self.middle_size)
-        output += self.middle_size
-        memcpy(output, nonce, NONCE)
         aad = self.bind(middle, item, joined, &aad_size)
         if aad == NULL:
             return BROKEN
-        status = seal_record(cipher, key, nonce, aad, aad_size, item.data, item.size, output + NONCE)
+        status = self.seal_bound(cipher, key, nonce, version, middle, item, aad, aad_size)
         if aad_size > JOINED:
             free(<void *>aad)
         return status
 
     cdef int open(self, Gcm *cipher, const uint8_t *key, const Item *item, uint8_t *scratch) noexcept nogil:
         cdef uint8_t joined[JOINED]
-        cdef const uint8_t *middle = item.data + self.head_size + VERSION
         cdef const uint8_t *aad
         cdef int status, aad_size
-        aad = self.bind(middle, item, joined, &aad_size)
+        aad = self.bind(self.middle(item.data), item, joined, &aad_size)
         if aad == NULL:
             return BROKEN
-        status = open_record(cipher, key, middle + self.middle_size, aad, aad_size, item.data + self.body,
-                             item.size - self.overhead(), item.output, scratch)
+        status = self.open_bound(cipher, key, item, scratch, aad, aad_size)
         if aad_size > JOINED:
             free(<void *>aad)
         return status

@@ -9,15 +9,15 @@ here. A call works on a run of rows, on its own cipher context; calls on other r
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t, uint32_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcmp, memcpy, memset
+from libc.string cimport memcpy, memset
 
 from .aead cimport BROKEN, DONE, REFUSED, SMALL, RecordCipher
 from .cells cimport FOUND, MISSING, Cells, find_cell
-from .gcm cimport Gcm, gcm_begin, gcm_end
+from .gcm cimport Gcm, gcm_begin, gcm_end, okc_same
 from .openssl cimport *
 from .places cimport Places
 from .ring cimport BLOCK, Block, Held, KeyRing, order_block
-from .run cimport CHANGED, Run, run_nonce, run_place, run_row, run_start
+from .run cimport CHANGED, Run, run_bind, run_end, run_nonce, run_place, run_row, run_start
 from .secret cimport *
 from .table cimport Table
 
@@ -56,7 +56,7 @@ def seal_rows(RecordCipher cipher not None, Cells cells not None, contexts, Plac
     data = keys.enter()
     with nogil:
         status = seal_range(cipher, &run, places, start, stop, data, count, shared, version, parts)
-        free(run.large)
+        run_end(&run)
     keys.leave()
     settle(status, cells)
 
@@ -88,7 +88,10 @@ cdef Py_ssize_t seal_range(RecordCipher cipher, Run *run, Places places, Py_ssiz
         key = keys
         if shared and used:
             key = NULL
-        status = BROKEN if nonce == NULL else cipher.seal(&context, key, nonce, version, middles, &run.item)
+        if nonce == NULL or run_bind(run, cipher, middles, key != NULL) != DONE:
+            status = BROKEN
+        else:
+            status = cipher.seal_bound(&context, key, nonce, version, middles, &run.item, run.aad, run.aad_size)
         if status != DONE:
             break
         used += 1
@@ -114,7 +117,7 @@ def seal_named(RecordCipher cipher not None, Cells cells not None, contexts, Pla
     ring.enter(&held, cipher.middle_size)
     with nogil:
         status = seal_blocks(cipher, cells, names, &run, places, start, stop, table, &held)
-        free(run.large)
+        run_end(&run)
     ring.leave(len(ring.handles))
     settle(status, cells)
 
@@ -172,7 +175,8 @@ cdef int seal_block(RecordCipher cipher, Gcm *context, Run *run, Places places, 
             if status != FOUND:
                 return CHANGED if status == MISSING else status
             nonce = run_nonce(run)
-            if nonce == NULL or cipher.seal(context, key, nonce, 0, middle, &run.item) != DONE:
+            if (nonce == NULL or run_bind(run, cipher, middle, key != NULL) != DONE
+                    or cipher.seal_bound(context, key, nonce, 0, middle, &run.item, run.aad, run.aad_size) != DONE):
                 return BROKEN
             key = NULL
             at = block.nexts[at]
@@ -230,7 +234,7 @@ cdef Py_ssize_t gather(RecordCipher cipher, Cells cells, Py_ssize_t start, Py_ss
             last = NULL
         version[0] = found
         data = cipher.middle(data)
-        if last == NULL or memcmp(last, data, width) != 0:
+        if last == NULL or not okc_same(last, data, width):
             if count == most:
                 return -1
             memcpy(target + count * cipher.middle_size, data, width)
@@ -265,7 +269,7 @@ def open_rows(RecordCipher cipher not None, Cells cells not None, contexts, Plac
             missing = NULL
         with nogil:
             status = open_range(cipher, &run, places, start, stop, version, &held, missing, refused, &count)
-            free(run.large)
+            run_end(&run)
         keys.leave()
         settle(status, cells)
         return [(refused[2 * at], refused[2 * at + 1]) for at in range(count)]
@@ -273,14 +277,16 @@ def open_rows(RecordCipher cipher not None, Cells cells not None, contexts, Plac
         free(refused)
 
 
-cdef int open_row(RecordCipher cipher, Gcm *context, Run *run, Places places, Py_ssize_t at,
-                  const uint8_t *key, uint8_t *scratch) noexcept nogil:
-    """Open the row that the item points at; its place is zeroed unless it verifies."""
+cdef inline int open_row(RecordCipher cipher, Gcm *context, Run *run, Places places, Py_ssize_t at,
+                         const uint8_t *key, const uint8_t *middle, uint8_t *scratch) noexcept nogil:
+    """Open the row that the item points at; its place is zeroed unless it verifies. A null key is that before."""
     cdef Py_ssize_t size = run.item.size - cipher.overhead()
     cdef int status = run_place(run, places, at, size)
     if status != FOUND:
         return status
-    status = cipher.open(context, key, &run.item, scratch)
+    if run_bind(run, cipher, middle, key != NULL) != DONE:
+        return BROKEN
+    status = cipher.open_bound(context, key, &run.item, scratch, run.aad, run.aad_size)
     if status == REFUSED:
         memset(run.item.output, 0, <size_t>size)
     return status
@@ -294,7 +300,7 @@ cdef int open_range(RecordCipher cipher, Run *run, Places places, Py_ssize_t sta
     cdef const uint8_t *middle
     cdef Py_ssize_t at, number = -1, keyed = -1
     cdef int status = DONE
-    if gcm_begin(&context, False, True) != DONE:
+    if gcm_begin(&context, False, 2 * held.count > stop - start) != DONE:
         gcm_end(&context)
         return BROKEN
     for at in range(start, stop):
@@ -306,7 +312,7 @@ cdef int open_range(RecordCipher cipher, Run *run, Places places, Py_ssize_t sta
             status = DONE
             continue
         middle = cipher.middle(run.item.data)
-        if last == NULL or memcmp(last, middle, <size_t>cipher.middle_size) != 0:
+        if last == NULL or not okc_same(last, middle, <size_t>cipher.middle_size):
             number += 1
         last = middle
         if number >= held.count:
@@ -316,7 +322,7 @@ cdef int open_range(RecordCipher cipher, Run *run, Places places, Py_ssize_t sta
             status = REFUSED
         else:
             status = open_row(cipher, &context, run, places, at,
-                              NULL if keyed == number else held.keys[0] + number * KEY, scratch)
+                              NULL if keyed == number else held.keys[0] + number * KEY, middle, scratch)
             keyed = number
         if status < 0:
             break
@@ -356,7 +362,7 @@ def open_named(RecordCipher cipher not None, Cells cells not None, contexts, Pla
             missing = NULL
         with nogil:
             status = open_blocks(cipher, &run, places, start, stop, table, &held, missing, refused, &count)
-            free(run.large)
+            run_end(&run)
         ring.leave(len(ring.handles))
         settle(status, cells)
         return [(refused[2 * at], refused[2 * at + 1]) for at in range(count)]
@@ -406,6 +412,7 @@ cdef int open_blocks(RecordCipher cipher, Run *run, Places places, Py_ssize_t st
 cdef int open_block(RecordCipher cipher, Gcm *context, Run *run, Places places, Block *block,
                     const Held *held, uint8_t *scratch, Py_ssize_t *refused, Py_ssize_t *count) noexcept nogil:
     cdef const uint8_t *key
+    cdef const uint8_t *middle
     cdef Py_ssize_t handle, position
     cdef int chain, at, status
     order_block(block)
@@ -414,11 +421,12 @@ cdef int open_block(RecordCipher cipher, Gcm *context, Run *run, Places places, 
         handle = <Py_ssize_t>block.keys[at] // held.stride
         position = <Py_ssize_t>block.keys[at] % held.stride
         key = held.keys[handle] + position * KEY
+        middle = held.middles[handle] + position * cipher.middle_size
         while at >= 0:
             status = run_row(run, block.rows[at])
             if status != FOUND or not cipher.takes(run.item.data, run.item.size):
                 return BROKEN if status == BROKEN else CHANGED
-            status = open_row(cipher, context, run, places, block.rows[at], key, scratch)
+            status = open_row(cipher, context, run, places, block.rows[at], key, middle, scratch)
             if status < 0:
                 return status
             if status == REFUSED:

@@ -19,10 +19,12 @@
 #include <stdio.h>
 #include <stdint.h>
 #include <string.h>
+#include <openssl/core_names.h>
 #include <openssl/crypto.h>
 #include <openssl/err.h>
 #include <openssl/evp.h>
 #include <openssl/kdf.h>
+#include <openssl/params.h>
 #include <openssl/rand.h>
 
 /* musl has none, and the address sanitizer refuses it: a library's own symbols are found first if it was linked so. */
@@ -35,8 +37,8 @@
 #define OKC_LIBCRYPTO(X)                                                                                      \
     X(OpenSSL_version) X(OpenSSL_version_num)                                                                 \
     X(OPENSSL_init_crypto) X(EVP_default_properties_is_fips_enabled)                                          \
-    X(EVP_CIPHER_fetch) X(EVP_CIPHER_CTX_new) X(EVP_CIPHER_CTX_free) X(EVP_CIPHER_CTX_ctrl)                   \
-    X(EVP_CIPHER_CTX_get_params)                                                                              \
+    X(EVP_CIPHER_fetch) X(EVP_CIPHER_CTX_new) X(EVP_CIPHER_CTX_free)                                          \
+    X(EVP_CIPHER_CTX_get_params) X(EVP_CIPHER_CTX_set_params)                                                 \
     X(EVP_EncryptInit_ex) X(EVP_EncryptUpdate) X(EVP_EncryptFinal_ex)                                         \
     X(EVP_DecryptInit_ex) X(EVP_DecryptUpdate) X(EVP_DecryptFinal_ex)                                         \
     X(RAND_bytes) X(RAND_priv_bytes)                                                                          \
@@ -76,6 +78,43 @@ static inline const char *okc_file_of(void *function)
 static inline const char *okc_libcrypto_file(const okc_libcrypto *table)
 {
     return okc_file_of(*(void **)&table->OpenSSL_version);
+}
+
+/* ---- comparing ------------------------------------------------------------------------------------------- */
+
+static inline uint64_t okc_word(const uint8_t *data)
+{
+    uint64_t value;
+    memcpy(&value, data, 8);
+    return value;
+}
+
+/* Whether tags are the same, in a time that does not tell where they differ: as CRYPTO_memcmp, which goes byte by
+ * byte. The barrier keeps the compiler from ending at the first word that differs. */
+static inline int okc_same_tag(const uint8_t *first, const uint8_t *second)
+{
+    uint64_t differ = (okc_word(first) ^ okc_word(second)) | (okc_word(first + 8) ^ okc_word(second + 8));
+    __asm__("" : "+r"(differ));
+    return differ == 0;
+}
+
+/* Whether all bytes of a commitment are zero, in the same way. */
+static inline int okc_is_zero32(const uint8_t *data)
+{
+    uint64_t set = okc_word(data) | okc_word(data + 8) | okc_word(data + 16) | okc_word(data + 24);
+    __asm__("" : "+r"(set));
+    return set == 0;
+}
+
+/* Whether bytes that are no secret are the same: short ones whose size the compiler does not know, without a call. */
+static inline int okc_same(const uint8_t *first, const uint8_t *second, size_t size)
+{
+    uint64_t differ = 0;
+    if (size < 8)
+        return memcmp(first, second, size) == 0;
+    for (size_t at = 0; at < size - 8; at += 8)
+        differ |= okc_word(first + at) ^ okc_word(second + at);
+    return (differ | (okc_word(first + size - 8) ^ okc_word(second + size - 8))) == 0;
 }
 
 /* ---- leaving nothing behind ---------------------------------------------------------------------------- */
@@ -171,6 +210,7 @@ typedef struct {
     const okc_method *method;           /* of the key that is set; NULL while none is, or with EVP */
     size_t used;                        /* bytes of key that were written so far */
     EVP_CIPHER_CTX *evp;                /* NULL with libIPSec_MB */
+    OSSL_PARAM tag[2];                  /* with EVP: how it is asked for a tag and given one */
     int encrypt;
     int brief;                          /* each key serves one record */
 } okc_gcm;

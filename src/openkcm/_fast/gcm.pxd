@@ -3,9 +3,13 @@
 # for done, 0 for a tag that did not verify, -1 when the engine failed.
 from libc.stdint cimport uint8_t, uint64_t
 
-from .openssl cimport EVP_CIPHER_CTX
+from .openssl cimport EVP_CIPHER_CTX, OSSL_PARAM
 
 cdef extern from "engine.h" nogil:
+    bint okc_same_tag(const uint8_t *first, const uint8_t *second)
+    bint okc_is_zero32(const uint8_t *data)
+    bint okc_same(const uint8_t *first, const uint8_t *second, size_t size)
+
     ctypedef struct Method "okc_method":
         void pre(const void *key, void *expanded) noexcept nogil
         void enc(const void *key, void *state, uint8_t *output, const uint8_t *data, uint64_t size,
@@ -25,6 +29,7 @@ cdef extern from "engine.h" nogil:
         const Method *method
         size_t used
         EVP_CIPHER_CTX *evp
+        OSSL_PARAM *tag
         bint encrypt
         bint brief                  # each key serves one record
 

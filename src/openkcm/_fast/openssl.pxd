@@ -11,7 +11,7 @@ cdef extern from "openssl/core_names.h" nogil:
 
 cdef extern from "openssl/params.h" nogil:
     ctypedef struct OSSL_PARAM:
-        pass
+        void *data
     OSSL_PARAM OSSL_PARAM_construct_utf8_string(const char *name, char *text, size_t size)
     OSSL_PARAM OSSL_PARAM_construct_octet_string(const char *name, void *data, size_t size)
     OSSL_PARAM OSSL_PARAM_construct_end()
@@ -32,7 +32,6 @@ cdef extern from "openssl/evp.h" nogil:
         pass
 
     enum:
-        EVP_CTRL_AEAD_SET_TAG
         EVP_PKEY_X25519
 
 cdef extern from "openssl/rand.h" nogil:

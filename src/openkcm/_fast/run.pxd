@@ -4,7 +4,7 @@ from libc.stdint cimport uint8_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
-from .aead cimport BROKEN, JOINED
+from .aead cimport BROKEN, DONE, JOINED, RecordCipher
 from .batch cimport Item
 from .cells cimport FOUND, MALFORMED, Cells, Piece, find_cell
 from .gcm cimport random_public
@@ -33,9 +33,15 @@ cdef struct Run:
     Item item
     int drawn
     uint8_t[JOINED] small
+    # The associated data of the row before, which is mostly that of the next.
+    const uint8_t *aad
+    int aad_size
+    uint8_t[JOINED] joined
     uint8_t[NONCES * NONCE] nonces
 
 cdef int run_start(Run *run, Cells cells, contexts) except -1
+cdef void run_end(Run *run) noexcept nogil
+cdef int run_bind_anew(Run *run, RecordCipher cipher, const uint8_t *middle) noexcept nogil
 
 
 cdef inline int run_row(Run *run, Py_ssize_t at) noexcept nogil:
@@ -60,6 +66,13 @@ cdef inline int run_row(Run *run, Py_ssize_t at) noexcept nogil:
     run.item.context = joined
     run.item.context_size = <int>(size + 1) if status == FOUND else 1
     return FOUND
+
+
+cdef inline int run_bind(Run *run, RecordCipher cipher, const uint8_t *middle, bint other) noexcept nogil:
+    """Have the item's associated data in one piece; ``other`` says that the middle is not that of the row before."""
+    if run.aad != NULL and run.context_pieces == NULL and not (other and cipher.bound):
+        return DONE
+    return run_bind_anew(run, cipher, middle)
 
 
 cdef inline const uint8_t *run_nonce(Run *run) noexcept nogil:

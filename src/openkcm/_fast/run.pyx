@@ -7,7 +7,9 @@ Invariant: what a run points to is held by the objects it was started from, whic
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport uint8_t
+from libc.stdlib cimport free
 
+from .aead cimport BROKEN, DONE, JOINED, RecordCipher
 from .cells cimport Cells
 from .secret cimport invalid_error
 
@@ -26,6 +28,8 @@ cdef int run_start(Run *run, Cells cells, contexts) except -1:
     run.pieces, run.firsts, run.piece = cells.pieces, cells.firsts, 0
     run.context_pieces, run.context_piece = NULL, 0
     run.large = NULL
+    run.aad = NULL
+    run.aad_size = 0
     run.drawn = 0
     if isinstance(contexts, RowContexts):
         each = contexts
@@ -38,3 +42,20 @@ cdef int run_start(Run *run, Cells cells, contexts) except -1:
         run.item.context = <const uint8_t *>PyBytes_AS_STRING(one)
         run.item.context_size = <int>PyBytes_GET_SIZE(one)
     return 0
+
+
+cdef int run_bind_anew(Run *run, RecordCipher cipher, const uint8_t *middle) noexcept nogil:
+    if run.aad_size > JOINED:
+        free(<void *>run.aad)
+    run.aad = cipher.bind(middle, &run.item, run.joined, &run.aad_size)
+    if run.aad == NULL:
+        run.aad_size = 0
+        return BROKEN
+    return DONE
+
+
+cdef void run_end(Run *run) noexcept nogil:
+    """Free what was put together outside the run."""
+    if run.aad_size > JOINED:
+        free(<void *>run.aad)
+    free(run.large)
