@@ -3,7 +3,7 @@ from libc.stdint cimport uint8_t, uint32_t
 from libc.string cimport memcmp, memcpy, memset
 
 from .batch cimport Batch, Item
-from .gcm cimport Gcm, gcm_open, gcm_seal, okc_is_zero32, okc_same
+from .gcm cimport Gcm, gcm_open, gcm_seal, okc_copy, okc_is_zero32, okc_same
 from .secret cimport SecretKeys
 from .secret cimport COMMITMENT, NONCE, TAG, WRAPPED
 
@@ -35,6 +35,11 @@ cdef class RecordCipher:
         return (size >= self.overhead() and size - self.overhead() <= MAX_RECORD
                 and okc_same(data, self.head_room, <size_t>self.head_size))
 
+    cdef inline bint follows(self, const uint8_t *data, Py_ssize_t size, const uint8_t *last) noexcept nogil:
+        """Whether bytes begin as a record of this layout does, down to its middle, and have a size that fits it."""
+        return (size >= self.overhead() and size - self.overhead() <= MAX_RECORD
+                and okc_same(data, last, <size_t>(self.body - NONCE)))
+
     cdef inline uint32_t version(self, const uint8_t *data) noexcept nogil:
         data += self.head_size
         return <uint32_t>data[0] << 24 | <uint32_t>data[1] << 16 | <uint32_t>data[2] << 8 | data[3]
@@ -58,7 +63,7 @@ cdef class RecordCipher:
         if self.middle_size == WRAPPED:
             memcpy(output, middle, WRAPPED)
         else:
-            memcpy(output, middle, <size_t>self.middle_size)
+            okc_copy(output, middle, <size_t>self.middle_size)
         output += self.middle_size
         memcpy(output, nonce, NONCE)
         return seal_record(cipher, key, nonce, aad, aad_size, item.data, item.size, output + NONCE)
@@ -92,7 +97,7 @@ cdef inline int seal_record(Gcm *cipher, const uint8_t *key, const uint8_t *nonc
         return seal_long(cipher, key, nonce, aad, aad_size, data, size, output)
     # One call over a copy is faster than two calls while the record is small.
     memset(output, 0, COMMITMENT)
-    memcpy(output + COMMITMENT, data, <size_t>size)
+    okc_copy(output + COMMITMENT, data, <size_t>size)
     return gcm_seal(cipher, key, nonce, aad, aad_size, output, output, <int>(COMMITMENT + size),
                     output + COMMITMENT + size)
 
@@ -108,5 +113,5 @@ cdef inline int open_record(Gcm *cipher, const uint8_t *key, const uint8_t *nonc
     if status == DONE and not okc_is_zero32(scratch):
         status = REFUSED
     if status == DONE:
-        memcpy(output, scratch + COMMITMENT, <size_t>size)
+        okc_copy(output, scratch + COMMITMENT, <size_t>size)
     return status

@@ -43,6 +43,8 @@ cdef class Cells:
     cdef int fill(self, Piece *piece, part) except -1
     cdef Py_ssize_t pin(self, source, const uint8_t **data, Py_ssize_t needed, Py_ssize_t align) except -2
     cdef int check(self) except -1
+    cdef bint measure(self, const Piece *piece) noexcept nogil
+    cdef Py_ssize_t look(self, const Piece *piece) noexcept nogil
     cdef object malformed(self, index)
 
 
@@ -59,6 +61,11 @@ cdef inline int offset_cell(const Piece *piece, Py_ssize_t at, const uint8_t **d
     data[0] = piece.data + begin
     size[0] = end - begin
     return FOUND
+
+
+cdef inline bint piece_is_plain(const Piece *piece) noexcept nogil:
+    """Whether rows lie between two offsets, and none is null."""
+    return piece.layout == OFFSETS and piece.validity == NULL
 
 
 cdef inline int view_cell(const Piece *piece, Py_ssize_t at, const uint8_t **data, Py_ssize_t *size) noexcept nogil:

@@ -10,10 +10,14 @@ from array import array
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.memoryview cimport PyMemoryView_GET_BUFFER
-from libc.stdint cimport uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
 from .secret cimport invalid_error
+
+cdef extern from "column.h" nogil:
+    int64_t okc_measure32(const int32_t *offsets, int64_t count, int64_t size, int64_t *longest)
+    int64_t okc_measure64(const int64_t *offsets, int64_t count, int64_t size, int64_t *longest)
 
 cdef enum:
     UNKNOWN = -1
@@ -117,25 +121,48 @@ cdef class Cells:
 
     cdef int check(self) except -1:
         """Read each row's place once."""
-        cdef const uint8_t *data = NULL
-        cdef Py_ssize_t at, size = 0, piece = 0, total = 0, nulls = 0, longest = 0
-        cdef int status = FOUND
+        cdef Py_ssize_t number, at = -1
         with nogil:
-            for at in range(self.count):
-                status = find_cell(self.pieces, self.firsts, &piece, at, &data, &size)
-                if status == MALFORMED:
-                    break
-                if status == MISSING:
-                    nulls += 1
-                else:
-                    total += size
-                    longest = size if size > longest else longest
-        if status == MALFORMED:
+            for number in range(self.piece_count):
+                if not self.measure(self.pieces + number):
+                    at = self.look(self.pieces + number)
+                    if at >= 0:
+                        at += self.firsts[number]
+                        break
+        if at >= 0:
             raise self.malformed(at)
-        self.total = total
-        self.nulls = nulls
-        self.longest = longest
         return 0
+
+    cdef bint measure(self, const Piece *piece) noexcept nogil:
+        """Whether a piece is plain and well, and was counted in one go."""
+        cdef int64_t longest = 0, total
+        if not piece_is_plain(piece):
+            return False
+        if piece.width == 4:
+            total = okc_measure32(<const int32_t *>piece.places + piece.start, piece.count, piece.size, &longest)
+        else:
+            total = okc_measure64(<const int64_t *>piece.places + piece.start, piece.count, piece.size, &longest)
+        if total < 0:
+            return False
+        self.total += total
+        self.longest = longest if longest > self.longest else self.longest
+        return True
+
+    cdef Py_ssize_t look(self, const Piece *piece) noexcept nogil:
+        """Count a piece row by row; the first that is malformed, or -1."""
+        cdef const uint8_t *data = NULL
+        cdef Py_ssize_t at, size = 0
+        cdef int status
+        for at in range(piece.count):
+            status = piece_cell(piece, at, &data, &size)
+            if status == MALFORMED:
+                return at
+            if status == MISSING:
+                self.nulls += 1
+            else:
+                self.total += size
+                self.longest = size if size > self.longest else self.longest
+        return -1
 
     cdef object malformed(self, index):
         return invalid_error()(

@@ -79,6 +79,51 @@ static inline int okc_is_utf8(const uint8_t *data, size_t size)
     return 1;
 }
 
+/* ---- rows between two offsets, none of them null: most columns ------------------------------------------- */
+
+/* The bytes of `count` rows and the longest of them; -1 if an offset is negative, out of order or past the end (none
+ * is looked for with a `size` of less than 0). The differences cannot overflow: offsets are read into 64 bits, and those of
+ * 8 bytes are subtracted as unsigned. */
+#define OKC_MEASURE(name, type)                                                                                 \
+    static inline int64_t name(const type *offsets, int64_t count, int64_t size, int64_t *longest)               \
+    {                                                                                                           \
+        int64_t begin = offsets[0], wrong = begin, most = 0;                                                    \
+        const int64_t first = begin;                                                                            \
+        for (int64_t at = 1; at <= count; at++) {                                                               \
+            const int64_t end = offsets[at], bytes = (int64_t)((uint64_t)end - (uint64_t)begin);                \
+            wrong |= bytes | end;                                                                               \
+            most = bytes > most ? bytes : most;                                                                 \
+            begin = end;                                                                                        \
+        }                                                                                                       \
+        if (wrong < 0 || (size >= 0 && begin > size))                                                           \
+            return -1;                                                                                          \
+        *longest = most;                                                                                        \
+        return begin - first;                                                                                   \
+    }
+OKC_MEASURE(okc_measure32, int32_t)
+OKC_MEASURE(okc_measure64, int64_t)
+
+/* Write where each row's result ends: `place` and the row's bytes and `more` for each row up to it; the last of them. What
+ * has changed since it was measured counts as nothing: a row's size is looked at again when it is worked on. */
+#define OKC_LAY(name, type, placed)                                                                             \
+    static inline int64_t name(const type *offsets, int64_t count, int64_t size, int64_t more, int64_t place,    \
+                               placed *ends)                                                                    \
+    {                                                                                                           \
+        int64_t begin = offsets[0];                                                                             \
+        for (int64_t at = 1; at <= count; at++) {                                                               \
+            const int64_t end = offsets[at];                                                                    \
+            if (begin >= 0 && end >= begin && (size < 0 || end <= size))                                        \
+                place += end - begin + more;                                                                    \
+            ends[at - 1] = (placed)place;                                                                       \
+            begin = end;                                                                                        \
+        }                                                                                                       \
+        return place;                                                                                           \
+    }
+OKC_LAY(okc_lay32_32, int32_t, int32_t)
+OKC_LAY(okc_lay32_64, int32_t, int64_t)
+OKC_LAY(okc_lay64_32, int64_t, int32_t)
+OKC_LAY(okc_lay64_64, int64_t, int64_t)
+
 /* Memory for results; for large ones in large pages where the system has them to give: faulting in a result page by
  * page costs a tenth of what the cipher does. */
 static inline void *okc_take(size_t size)

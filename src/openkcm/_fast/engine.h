@@ -117,6 +117,14 @@ static inline int okc_same(const uint8_t *first, const uint8_t *second, size_t s
     return (differ | (okc_word(first + size - 8) ^ okc_word(second + size - 8))) == 0;
 }
 
+/* As memcpy. Where gcc knows that a size is small but not which it is, it makes a "rep movs" of it, which takes longer to
+ * begin than the C library to be done. */
+static inline void okc_copy(uint8_t *target, const uint8_t *source, size_t size)
+{
+    __asm__("" : "+r"(size));
+    memcpy(target, source, size);
+}
+
 /* ---- leaving nothing behind ---------------------------------------------------------------------------- */
 
 /* As OPENSSL_cleanse, which goes eight bytes at a time. */

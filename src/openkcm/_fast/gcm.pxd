@@ -8,6 +8,7 @@ from .openssl cimport EVP_CIPHER_CTX, OSSL_PARAM
 cdef extern from "engine.h" nogil:
     bint okc_same_tag(const uint8_t *first, const uint8_t *second)
     bint okc_is_zero32(const uint8_t *data)
+    void okc_copy(uint8_t *target, const uint8_t *source, size_t size)
     bint okc_same(const uint8_t *first, const uint8_t *second, size_t size)
 
     ctypedef struct Method "okc_method":

@@ -2,12 +2,16 @@
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
 
 from .aead cimport RecordCipher
-from .cells cimport Cells
+from .cells cimport Cells, Piece
 
 cdef extern from "column.h" nogil:
     uint64_t okc_hash(const uint8_t *data, size_t size, const uint64_t *seed)
     bint okc_is_utf8(const uint8_t *data, size_t size)
     void *okc_take(size_t size)
+    int64_t okc_lay32_32(const int32_t *offsets, int64_t count, int64_t size, int64_t more, int64_t place, int32_t *ends)
+    int64_t okc_lay32_64(const int32_t *offsets, int64_t count, int64_t size, int64_t more, int64_t place, int64_t *ends)
+    int64_t okc_lay64_32(const int64_t *offsets, int64_t count, int64_t size, int64_t more, int64_t place, int32_t *ends)
+    int64_t okc_lay64_64(const int64_t *offsets, int64_t count, int64_t size, int64_t more, int64_t place, int64_t *ends)
 
 cdef class Memory:
     cdef uint8_t *data
@@ -31,6 +35,7 @@ cdef class Places:
         else:
             (<int64_t *>self.offsets.data)[at] = place
 
+    cdef Py_ssize_t lay_plain(self, const Piece *piece, Py_ssize_t start, Py_ssize_t place, Py_ssize_t more) noexcept nogil
     cdef Py_ssize_t lay_run(self, Cells cells, RecordCipher first, RecordCipher second, Py_ssize_t start,
                             Py_ssize_t *counts) noexcept nogil
     cdef int check_range(self, Py_ssize_t count, Py_ssize_t start, Py_ssize_t stop) except -1

@@ -7,12 +7,12 @@ place, whatever happens to the inputs meanwhile.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
-from libc.stdint cimport uint8_t
+from libc.stdint cimport int32_t, int64_t, uint8_t
 from libc.stdlib cimport free
 from libc.string cimport memset
 
 from .aead cimport RecordCipher
-from .cells cimport FOUND, MALFORMED, MISSING, Cells, find_cell
+from .cells cimport FOUND, Cells, Piece, find_cell, piece_cell, piece_is_plain
 from .openssl cimport OPENSSL_cleanse
 from .secret cimport invalid_error
 
@@ -52,7 +52,7 @@ cdef class Places:
     def lay_sealed(self, Cells cells not None, RecordCipher cipher not None):
         """Give every row its own bytes and the cipher's overhead."""
         cdef const uint8_t *data = NULL
-        cdef Py_ssize_t at, size = 0, piece = 0, place = 0, more = cipher.overhead()
+        cdef Py_ssize_t number, at, first, size = 0, place = 0, more = cipher.overhead()
         cdef uint8_t *bits = NULL
         cdef int status
         self.check_range(cells.count, 0, self.count)
@@ -60,15 +60,35 @@ cdef class Places:
             self.bits()
             bits = self.validity.data
         with nogil:
-            for at in range(self.count):
-                status = find_cell(cells.pieces, cells.firsts, &piece, at, &data, &size)
-                if status == FOUND:
-                    place += size + more
-                elif bits != NULL:
-                    bits[at >> 3] &= <uint8_t>~(1 << (at & 7))
-                self.put(at + 1, place)
+            for number in range(cells.piece_count):
+                first = cells.firsts[number]
+                if piece_is_plain(cells.pieces + number):
+                    place = self.lay_plain(cells.pieces + number, first, place, more)
+                    continue
+                for at in range(first, cells.firsts[number + 1]):
+                    status = piece_cell(cells.pieces + number, at - first, &data, &size)
+                    if status == FOUND:
+                        place += size + more
+                    elif bits != NULL:
+                        bits[at >> 3] &= <uint8_t>~(1 << (at & 7))
+                    self.put(at + 1, place)
         self.total = place
         self.nulls = cells.nulls
+
+    cdef Py_ssize_t lay_plain(self, const Piece *piece, Py_ssize_t start, Py_ssize_t place,
+                              Py_ssize_t more) noexcept nogil:
+        """Lay a plain piece, whose first row is ``start``, out from a place on; where it ends."""
+        cdef const int32_t *narrow = <const int32_t *>piece.places + piece.start
+        cdef const int64_t *wide = <const int64_t *>piece.places + piece.start
+        cdef int32_t *narrow_ends = <int32_t *>self.offsets.data + start + 1
+        cdef int64_t *wide_ends = <int64_t *>self.offsets.data + start + 1
+        if piece.width == 4 and self.width == 4:
+            return okc_lay32_32(narrow, piece.count, piece.size, more, place, narrow_ends)
+        if piece.width == 4:
+            return okc_lay32_64(narrow, piece.count, piece.size, more, place, wide_ends)
+        if self.width == 4:
+            return okc_lay64_32(wide, piece.count, piece.size, more, place, narrow_ends)
+        return okc_lay64_64(wide, piece.count, piece.size, more, place, wide_ends)
 
     def lay_opened(self, Cells cells not None, RecordCipher first not None, RecordCipher second not None, bint every):
         """Give every record its plaintext's bytes; (records of each cipher, rows that are of neither).

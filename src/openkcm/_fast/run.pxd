@@ -13,7 +13,7 @@ from .secret cimport NONCE
 
 cdef enum:
     CHANGED = -2                    # a buffer was written to while it was read
-    NONCES = 128                    # drawn at a time
+    NONCES = 512                    # drawn at a time; 6 KiB of the stack
     MOST_CONTEXT = 1 << 30
 
 cdef class RowContexts:
@@ -31,7 +31,7 @@ cdef struct Run:
     uint8_t absent, present
     uint8_t *large
     Item item
-    int drawn
+    int drawn, supply               # nonces that are left, and how many are drawn at a time
     uint8_t[JOINED] small
     # The associated data of the row before, which is mostly that of the next.
     const uint8_t *aad
@@ -39,7 +39,7 @@ cdef struct Run:
     uint8_t[JOINED] joined
     uint8_t[NONCES * NONCE] nonces
 
-cdef int run_start(Run *run, Cells cells, contexts) except -1
+cdef int run_start(Run *run, Cells cells, contexts, Py_ssize_t rows) except -1
 cdef void run_end(Run *run) noexcept nogil
 cdef int run_bind_anew(Run *run, RecordCipher cipher, const uint8_t *middle) noexcept nogil
 
@@ -78,9 +78,9 @@ cdef inline int run_bind(Run *run, RecordCipher cipher, const uint8_t *middle, b
 cdef inline const uint8_t *run_nonce(Run *run) noexcept nogil:
     """The next nonce; NULL when the generator failed."""
     if run.drawn == 0:
-        if random_public(run.nonces, NONCES * NONCE) != 1:
+        if random_public(run.nonces, run.supply * NONCE) != 1:
             return NULL
-        run.drawn = NONCES
+        run.drawn = run.supply
     run.drawn -= 1
     return run.nonces + run.drawn * NONCE
 

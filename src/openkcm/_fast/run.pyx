@@ -22,7 +22,8 @@ cdef class RowContexts:
         self.absent, self.present = <uint8_t>absent[0], <uint8_t>present[0]
 
 
-cdef int run_start(Run *run, Cells cells, contexts) except -1:
+cdef int run_start(Run *run, Cells cells, contexts, Py_ssize_t rows) except -1:
+    """Begin a run of so many rows."""
     cdef RowContexts each
     cdef bytes one
     run.pieces, run.firsts, run.piece = cells.pieces, cells.firsts, 0
@@ -31,6 +32,7 @@ cdef int run_start(Run *run, Cells cells, contexts) except -1:
     run.aad = NULL
     run.aad_size = 0
     run.drawn = 0
+    run.supply = <int>rows if 0 < rows < NONCES else NONCES
     if isinstance(contexts, RowContexts):
         each = contexts
         if each.cells.count != cells.count:
