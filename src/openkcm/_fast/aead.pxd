@@ -48,10 +48,9 @@ cdef class RecordCipher:
         return data + self.head_size + VERSION
 
     cdef const uint8_t *bind(self, const uint8_t *middle, const Item *item, uint8_t *joined, int *size) noexcept nogil
-    cdef inline int seal_bound(self, Gcm *cipher, const uint8_t *key, const uint8_t *nonce, uint32_t version,
-                               const uint8_t *middle, const Item *item, const uint8_t *aad, int aad_size) noexcept nogil:
-        """Seal a record whose associated data is put together."""
-        cdef uint8_t *output = item.output
+    cdef inline uint8_t *put_head(self, uint8_t *output, const uint8_t *nonce, uint32_t version,
+                                  const uint8_t *middle) noexcept nogil:
+        """Write what stands before the ciphertext; where that begins."""
         # A copy whose size the compiler knows is a few moves; every record has so much behind its head.
         memcpy(output, self.head_room, ROOM)
         output += self.head_size
@@ -66,7 +65,13 @@ cdef class RecordCipher:
             okc_copy(output, middle, <size_t>self.middle_size)
         output += self.middle_size
         memcpy(output, nonce, NONCE)
-        return seal_record(cipher, key, nonce, aad, aad_size, item.data, item.size, output + NONCE)
+        return output + NONCE
+
+    cdef inline int seal_bound(self, Gcm *cipher, const uint8_t *key, const uint8_t *nonce, uint32_t version,
+                               const uint8_t *middle, const Item *item, const uint8_t *aad, int aad_size) noexcept nogil:
+        """Seal a record whose associated data is put together."""
+        return seal_record(cipher, key, nonce, aad, aad_size, item.data, item.size,
+                           self.put_head(item.output, nonce, version, middle))
 
     cdef inline int open_bound(self, Gcm *cipher, const uint8_t *key, const Item *item, uint8_t *scratch,
                                const uint8_t *aad, int aad_size) noexcept nogil:

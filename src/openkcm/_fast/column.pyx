@@ -16,6 +16,7 @@ from .cells cimport FOUND, MISSING, Cells, find_cell
 from .gcm cimport Gcm, gcm_begin, gcm_end, okc_same
 from .openssl cimport *
 from .places cimport Places
+from .plain cimport open_plain, seal_plain
 from .ring cimport BLOCK, Block, Held, KeyRing, order_block
 from .run cimport CHANGED, Run, run_bind, run_end, run_nonce, run_place, run_row, run_start
 from .secret cimport *
@@ -61,43 +62,50 @@ def seal_rows(RecordCipher cipher not None, Cells cells not None, contexts, Plac
     settle(status, cells)
 
 
+cdef inline int seal_row(RecordCipher cipher, Gcm *context, Run *run, const uint8_t *key, uint32_t version,
+                         const uint8_t *middle) noexcept nogil:
+    """Seal the row that the item points at. A null key is that before."""
+    cdef const uint8_t *nonce = run_nonce(run)
+    if nonce == NULL or run_bind(run, cipher, middle, key != NULL) != DONE:
+        return BROKEN
+    return cipher.seal_bound(context, key, nonce, version, middle, &run.item, run.aad, run.aad_size)
+
+
 cdef Py_ssize_t seal_range(RecordCipher cipher, Run *run, Places places, Py_ssize_t start, Py_ssize_t stop,
                            const uint8_t *keys, Py_ssize_t count, bint shared, uint32_t version,
                            const uint8_t *middles) noexcept nogil:
     cdef Gcm context
-    cdef const uint8_t *nonce
-    cdef const uint8_t *key = NULL
-    cdef Py_ssize_t at, used = 0
-    cdef Py_ssize_t more = cipher.overhead()
+    cdef const uint8_t *key = keys
+    cdef Py_ssize_t at = start, used = 0, more = cipher.overhead()
     cdef int status = DONE
     if gcm_begin(&context, True, not shared) != DONE:
         gcm_end(&context)
         return BROKEN
-    for at in range(start, stop):
+    while at < stop:
         status = run_row(run, at)
-        if status == MISSING:
-            status = DONE
-            continue
         if status == FOUND:
             status = run_place(run, places, at, run.item.size + more)
         if status == FOUND and used == count and not shared:
             status = CHANGED
-        if status != FOUND:
-            break
-        nonce = run_nonce(run)
-        key = keys
-        if shared and used:
-            key = NULL
-        if nonce == NULL or run_bind(run, cipher, middles, key != NULL) != DONE:
-            status = BROKEN
-        else:
-            status = cipher.seal_bound(&context, key, nonce, version, middles, &run.item, run.aad, run.aad_size)
+        if status == FOUND:
+            status = seal_row(cipher, &context, run, key, version, middles)
+        elif status == MISSING:
+            at += 1
+            status = DONE
+            continue
         if status != DONE:
             break
         used += 1
+        at += 1
         if not shared:
-            keys += KEY
+            key += KEY
             middles += cipher.middle_size
+            continue
+        key = NULL
+        at = seal_plain(cipher, &context, run, places, at, stop, version, middles)
+        if at < 0:
+            status = BROKEN
+            break
     gcm_end(&context)
     return used if status == DONE else status
 
@@ -156,7 +164,6 @@ cdef int seal_blocks(RecordCipher cipher, Cells cells, Cells names, Run *run, Pl
 
 cdef int seal_block(RecordCipher cipher, Gcm *context, Run *run, Places places, Block *block,
                     const Held *held) noexcept nogil:
-    cdef const uint8_t *nonce
     cdef const uint8_t *key
     cdef const uint8_t *middle
     cdef Py_ssize_t handle, position
@@ -174,9 +181,7 @@ cdef int seal_block(RecordCipher cipher, Gcm *context, Run *run, Places places, 
                 status = run_place(run, places, block.rows[at], run.item.size + cipher.overhead())
             if status != FOUND:
                 return CHANGED if status == MISSING else status
-            nonce = run_nonce(run)
-            if (nonce == NULL or run_bind(run, cipher, middle, key != NULL) != DONE
-                    or cipher.seal_bound(context, key, nonce, 0, middle, &run.item, run.aad, run.aad_size) != DONE):
+            if seal_row(cipher, context, run, key, 0, middle) != DONE:
                 return BROKEN
             key = NULL
             at = block.nexts[at]
@@ -297,16 +302,18 @@ cdef int open_range(RecordCipher cipher, Run *run, Places places, Py_ssize_t sta
     cdef Gcm context
     cdef uint8_t scratch[SMALL + COMMITMENT]
     cdef const uint8_t *last = NULL
-    cdef const uint8_t *middle
-    cdef Py_ssize_t at, number = -1, keyed = -1
+    cdef const uint8_t *key
+    cdef Py_ssize_t at = start, number = -1, keyed = -1
+    cdef bint few = 2 * held.count <= stop - start
     cdef int status = DONE
-    if gcm_begin(&context, False, 2 * held.count > stop - start) != DONE:
+    if gcm_begin(&context, False, not few) != DONE:
         gcm_end(&context)
         return BROKEN
-    for at in range(start, stop):
+    while at < stop:
         status = run_row(run, at)
         if status < 0:
             break
+        at += 1
         if status == FOUND and last != NULL and cipher.follows(run.item.data, run.item.size, last):
             pass                        # all that is looked at in a row is as in the one before
         elif status != FOUND or not cipher.takes(run.item.data, run.item.size) or \
@@ -316,23 +323,26 @@ cdef int open_range(RecordCipher cipher, Run *run, Places places, Py_ssize_t sta
         elif last == NULL or not okc_same(cipher.middle(last), cipher.middle(run.item.data), <size_t>cipher.middle_size):
             number += 1
         last = run.item.data
-        middle = cipher.middle(last)
         if number >= held.count:
             status = CHANGED
             break
         if missing != NULL and missing[number]:
             status = REFUSED
         else:
-            status = open_row(cipher, &context, run, places, at,
-                              NULL if keyed == number else held.keys[0] + number * KEY, middle, scratch)
+            key = held.keys[0] + number * KEY
+            if keyed == number:
+                key = NULL
+            status = open_row(cipher, &context, run, places, at - 1, key, cipher.middle(last), scratch)
             keyed = number
         if status < 0:
             break
         if status == REFUSED:
-            refused[2 * count[0]] = at
+            refused[2 * count[0]] = at - 1
             refused[2 * count[0] + 1] = number if missing != NULL and missing[number] else -1
             count[0] += 1
             status = DONE
+        elif few:
+            at = open_plain(cipher, &context, run, places, at, stop, last, scratch)
     gcm_end(&context)
     OPENSSL_cleanse(scratch, SMALL + COMMITMENT)
     return status

@@ -7,6 +7,7 @@ from .openssl cimport EVP_CIPHER_CTX, OSSL_PARAM
 
 cdef extern from "engine.h" nogil:
     bint okc_same_tag(const uint8_t *first, const uint8_t *second)
+    void okc_spoil(uint8_t *computed, const uint8_t *tag)
     bint okc_is_zero32(const uint8_t *data)
     void okc_copy(uint8_t *target, const uint8_t *source, size_t size)
     bint okc_same(const uint8_t *first, const uint8_t *second, size_t size)
@@ -43,6 +44,25 @@ cdef int gcm_seal(Gcm *cipher, const uint8_t *key, const uint8_t *nonce, const u
                   uint8_t *output, const uint8_t *data, int size, uint8_t *tag) noexcept nogil
 cdef int gcm_open(Gcm *cipher, const uint8_t *key, const uint8_t *nonce, const uint8_t *aad, int aad_size,
                   uint8_t *output, const uint8_t *data, int size, const uint8_t *tag) noexcept nogil
+
+# The same under the key that is set, without a call in between.
+cdef inline int gcm_seal_kept(Gcm *cipher, const uint8_t *nonce, const uint8_t *aad, int aad_size, uint8_t *output,
+                              const uint8_t *data, int size, uint8_t *tag) noexcept nogil:
+    if cipher.method == NULL:
+        return gcm_seal(cipher, NULL, nonce, aad, aad_size, output, data, size, tag)
+    cipher.method.enc(cipher.key, cipher.state, output, data, <uint64_t>size, nonce, aad, <uint64_t>aad_size, tag, 16)
+    return 1
+
+
+cdef inline int gcm_open_kept(Gcm *cipher, const uint8_t *nonce, const uint8_t *aad, int aad_size, uint8_t *output,
+                              const uint8_t *data, int size, const uint8_t *tag) noexcept nogil:
+    cdef uint8_t computed[16]
+    if cipher.method == NULL:
+        return gcm_open(cipher, NULL, nonce, aad, aad_size, output, data, size, tag)
+    okc_spoil(computed, tag)
+    cipher.method.dec(cipher.key, cipher.state, output, data, <uint64_t>size, nonce, aad, <uint64_t>aad_size, computed, 16)
+    return okc_same_tag(computed, tag)
+
 
 # In parts.
 cdef int gcm_start(Gcm *cipher, const uint8_t *key, const uint8_t *nonce, const uint8_t *aad,

@@ -105,13 +105,6 @@ cdef inline bint set_key(Gcm *cipher, const uint8_t *key, bint brief) noexcept n
     return cipher.method != NULL
 
 
-cdef inline void spoil(uint8_t *computed, const uint8_t *tag) noexcept nogil:
-    """libIPSec_MB has no status: what it refuses to do must not look like a tag that verified."""
-    cdef int at
-    for at in range(TAG):
-        computed[at] = tag[at] ^ 0xFF
-
-
 cdef int gcm_seal(Gcm *cipher, const uint8_t *key, const uint8_t *nonce, const uint8_t *aad, int aad_size,
                   uint8_t *output, const uint8_t *data, int size, uint8_t *tag) noexcept nogil:
     if cipher.evp == NULL:
@@ -131,7 +124,7 @@ cdef int gcm_open(Gcm *cipher, const uint8_t *key, const uint8_t *nonce, const u
     if cipher.evp == NULL:
         if not set_key(cipher, key, cipher.brief and size <= BRIEF_BYTES):
             return -1
-        spoil(computed, tag)
+        okc_spoil(computed, tag)
         cipher.method.dec(cipher.key, cipher.state, output, data, <uint64_t>size, nonce, aad,
                           <uint64_t>aad_size, computed, TAG)
         return okc_same_tag(computed, tag)
@@ -192,7 +185,7 @@ cdef int gcm_open_end(Gcm *cipher, const uint8_t *tag) noexcept nogil:
     cdef int written
     cdef uint8_t computed[TAG]
     if cipher.evp == NULL:
-        spoil(computed, tag)
+        okc_spoil(computed, tag)
         cipher.method.dec_end(cipher.key, cipher.state, computed, TAG)
         return okc_same_tag(computed, tag)
     cipher.tag[0].data = <void *>tag

@@ -13,7 +13,7 @@ from .secret cimport NONCE
 
 cdef enum:
     CHANGED = -2                    # a buffer was written to while it was read
-    NONCES = 512                    # drawn at a time; 6 KiB of the stack
+    NONCES = 1024                   # drawn at a time, at most; 12 KiB of the stack
     MOST_CONTEXT = 1 << 30
 
 cdef class RowContexts:

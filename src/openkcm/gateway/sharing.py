@@ -20,6 +20,9 @@ MOST_THREADS: Final = 256
 RUN_BYTES: Final = 4 * 1024 * 1024
 """A run of rows ends here at the latest, so that a kill does not wait for it long."""
 
+SHARES: Final = 4
+"""A thread has so many runs of a short column at least, so that one that was held up does not keep the others waiting."""
+
 Work = Callable[[int, int], None]
 
 
@@ -39,6 +42,7 @@ def share(places: Places, rows: int, threads: int, work: Work) -> None:
             work(start, stop)
             start = stop
         return
+    rows = min(rows, -(-places.count // (SHARES * threads)))
     runs = _Runs(places, rows, work)
     others = [
         threading.Thread(target=runs.work, name=f"openkcm-column-{number}", daemon=True)

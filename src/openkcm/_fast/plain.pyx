@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3, freethreading_compatible=True
+"""The commonest rows with as little as possible around the cipher: small ones between two offsets, none of them null,
+that follow a row whose key is set and whose associated data is theirs.
+
+Invariant: these only go on as far as all is well and as expected. The row at which they end has not been worked on,
+or came to nothing, and is left to the loops in ``column``, which know every case and every error.
+"""
+
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
+from libc.string cimport memcpy, memset
+
+from .aead cimport BROKEN, DONE, SMALL, RecordCipher
+from .cells cimport Piece, piece_is_plain
+from .gcm cimport Gcm, gcm_open_kept, gcm_seal_kept, okc_copy, okc_is_zero32, okc_same
+from .places cimport Places
+from .run cimport Run, run_nonce
+from .secret cimport COMMITMENT, NONCE, WRAPPED
+
+cdef enum:
+    SHORT = 64                      # what stands before the ciphertext is copied in one move of this size,
+    LONG = 128                      # or of this one
+    ENVELOPE = 20 + 4 + WRAPPED     # an inline envelope up to its nonce
+
+
+cdef struct Offsets:
+    # Where rows begin: of 4 or of 8 bytes.
+    const int32_t *narrow
+    const int64_t *wide
+
+
+cdef inline Py_ssize_t offset_at(const Offsets *offsets, Py_ssize_t at) noexcept nogil:
+    return offsets.narrow[at] if offsets.narrow != NULL else <Py_ssize_t>offsets.wide[at]
+
+
+cdef inline void set_offsets(Offsets *offsets, const uint8_t *places, int width) noexcept nogil:
+    offsets.narrow = <const int32_t *>places if width == 4 else NULL
+    offsets.wide = <const int64_t *>places
+
+
+cdef inline bint begin_plain(Run *run, Places places, Py_ssize_t start, Py_ssize_t *stop, Offsets *rows,
+                             Offsets *ends) noexcept nogil:
+    """Whether the rows from ``start`` on are plain; ``stop`` is moved to the end of their piece."""
+    cdef const Piece *piece = run.pieces + run.piece
+    cdef Py_ssize_t first = run.firsts[run.piece]
+    if (start >= stop[0] or not first <= start < run.firsts[run.piece + 1] or not piece_is_plain(piece)
+            or run.context_pieces != NULL or run.aad == NULL):
+        return False
+    if stop[0] > run.firsts[run.piece + 1]:
+        stop[0] = run.firsts[run.piece + 1]
+    # Both are read by the row's number in the column.
+    set_offsets(rows, piece.places + (piece.start - first) * piece.width, piece.width)
+    set_offsets(ends, places.offsets.data, places.width)
+    return True
+
+
+cdef Py_ssize_t seal_plain(RecordCipher cipher, Gcm *context, Run *run, Places places, Py_ssize_t start,
+                           Py_ssize_t stop, uint32_t version, const uint8_t *middle) noexcept nogil:
+    """Seal rows from ``start`` on under the key that is set; the row at which it ends, or BROKEN."""
+    cdef Offsets rows
+    cdef Offsets ends
+    cdef uint8_t head[LONG]
+    cdef uint8_t *output
+    cdef uint8_t *target = places.target
+    cdef const uint8_t *nonce
+    cdef const uint8_t *aad = run.aad
+    cdef const uint8_t *data
+    cdef int body = cipher.body, aad_size = run.aad_size
+    cdef Py_ssize_t at = start, begin, end, size, limit, place, after, more = cipher.overhead()
+    # A record has COMMITMENT and TAG behind its body, so that a copy of more than the body stays within it.
+    if not (body <= SHORT or LONG - COMMITMENT <= body <= LONG) or not begin_plain(run, places, start, &stop, &rows, &ends):
+        return start
+    cipher.put_head(head, run.nonces, version, middle)
+    data = run.pieces[run.piece].data
+    limit = run.pieces[run.piece].size
+    begin = offset_at(&rows, start)
+    place = offset_at(&ends, start)
+    while at < stop:
+        end = offset_at(&rows, at + 1)
+        after = offset_at(&ends, at + 1)
+        size = end - begin
+        if begin < 0 or not 0 <= size <= SMALL or (limit >= 0 and end > limit) or after - place != size + more:
+            break
+        nonce = run_nonce(run)
+        if nonce == NULL:
+            return BROKEN
+        output = target + place
+        if body <= SHORT:
+            memcpy(output, head, SHORT)
+        else:
+            memcpy(output, head, LONG)
+        output += body
+        memcpy(output - NONCE, nonce, NONCE)
+        memset(output, 0, COMMITMENT)
+        okc_copy(output + COMMITMENT, data + begin, <size_t>size)
+        if gcm_seal_kept(context, nonce, aad, aad_size, output, output, <int>(COMMITMENT + size),
+                         output + COMMITMENT + size) != DONE:
+            return BROKEN
+        begin, place = end, after
+        at += 1
+    return at
+
+
+cdef Py_ssize_t open_plain(RecordCipher cipher, Gcm *context, Run *run, Places places, Py_ssize_t start,
+                           Py_ssize_t stop, const uint8_t *before, uint8_t *scratch) noexcept nogil:
+    """Open rows from ``start`` on that begin as the row before does, under the key that is set; where it ends."""
+    cdef Offsets rows
+    cdef Offsets ends
+    cdef uint8_t *target = places.target
+    cdef const uint8_t *aad = run.aad
+    cdef const uint8_t *data
+    cdef const uint8_t *row
+    cdef int body = cipher.body, aad_size = run.aad_size
+    cdef size_t alike = <size_t>(body - NONCE)
+    cdef Py_ssize_t at = start, begin, end, size, limit, place, after, more = cipher.overhead()
+    if not begin_plain(run, places, start, &stop, &rows, &ends):
+        return start
+    data = run.pieces[run.piece].data
+    limit = run.pieces[run.piece].size
+    begin = offset_at(&rows, start)
+    place = offset_at(&ends, start)
+    while at < stop:
+        end = offset_at(&rows, at + 1)
+        after = offset_at(&ends, at + 1)
+        size = end - begin - more
+        if begin < 0 or not 0 <= size <= SMALL or (limit >= 0 and end > limit) or after - place != size:
+            break
+        row = data + begin
+        if not (okc_same(row, before, ENVELOPE) if alike == ENVELOPE else okc_same(row, before, alike)):
+            break
+        row += body
+        if gcm_open_kept(context, row - NONCE, aad, aad_size, scratch, row, <int>(COMMITMENT + size),
+                         row + COMMITMENT + size) != DONE or not okc_is_zero32(scratch):
+            break
+        okc_copy(target + place, scratch + COMMITMENT, <size_t>size)
+        begin, place = end, after
+        at += 1
+    return at
