@@ -82,26 +82,25 @@ static inline int okc_is_utf8(const uint8_t *data, size_t size)
 /* ---- rows between two offsets, none of them null: most columns ------------------------------------------- */
 
 /* The bytes of `count` rows and the longest of them; -1 if an offset is negative, out of order or past the end (none
- * is looked for with a `size` of less than 0). The differences cannot overflow: offsets are read into 64 bits, and those of
- * 8 bytes are subtracted as unsigned. */
-#define OKC_MEASURE(name, type)                                                                                 \
+ * is looked for with a `size` of less than 0). Differences are taken as unsigned: one that overflows has a negative offset. */
+#define OKC_MEASURE(name, type, unsigned_type)                                                                  \
     static inline int64_t name(const type *offsets, int64_t count, int64_t size, int64_t *longest)               \
     {                                                                                                           \
-        int64_t begin = offsets[0], wrong = begin, most = 0;                                                    \
-        const int64_t first = begin;                                                                            \
-        for (int64_t at = 1; at <= count; at++) {                                                               \
-            const int64_t end = offsets[at], bytes = (int64_t)((uint64_t)end - (uint64_t)begin);                \
-            wrong |= bytes | end;                                                                               \
+        const type first = offsets[0];                                                                          \
+        type wrong = first, most = 0, last = first;                                                             \
+        for (int64_t at = 0; at < count; at++) {                                                                \
+            const type bytes = (type)((unsigned_type)offsets[at + 1] - (unsigned_type)offsets[at]);             \
+            last = offsets[at + 1];                                                                             \
+            wrong = (type)(wrong | bytes | last);                                                               \
             most = bytes > most ? bytes : most;                                                                 \
-            begin = end;                                                                                        \
         }                                                                                                       \
-        if (wrong < 0 || (size >= 0 && begin > size))                                                           \
+        if (wrong < 0 || (size >= 0 && last > size))                                                            \
             return -1;                                                                                          \
         *longest = most;                                                                                        \
-        return begin - first;                                                                                   \
+        return (int64_t)last - first;                                                                           \
     }
-OKC_MEASURE(okc_measure32, int32_t)
-OKC_MEASURE(okc_measure64, int64_t)
+OKC_MEASURE(okc_measure32, int32_t, uint32_t)
+OKC_MEASURE(okc_measure64, int64_t, uint64_t)
 
 /* Write where each row's result ends: `place` and the row's bytes and `more` for each row up to it; the last of them. What
  * has changed since it was measured counts as nothing: a row's size is looked at again when it is worked on. */
