@@ -18,7 +18,7 @@ from ..keys import Kind, Service, WrappedKeys
 from ..limits import MAX_KEYS_PER_CALL
 from .batches import at_index, parse_record
 from .column import reasons_column
-from .columns import LONG_RUN, RING, RUN, Job, row_contexts
+from .columns import LONG_RUN, ONE_KEY_RUN, RING, RUN, Job, row_contexts
 from .leases import Leases
 from .sharing import HeldKeys, check_threads
 from .sources import read_source
@@ -67,7 +67,7 @@ class ColumnOpener:
         job.attach(out)
         try:
             if inline:
-                rows = LONG_RUN if self._shares_keys(cells) else RUN
+                rows = ONE_KEY_RUN if self._shares_keys(cells) else RUN
                 job.share(rows, lambda start, stop: self._open_inline(job, failures, start, stop))
             if stored:
                 self._open_stored(job, failures)

@@ -28,8 +28,11 @@ from .subjects import SubjectKeys
 RUN: Final = 512
 """Rows with a data key each that are worked on at a time: 16 KiB of keys and 36 KiB of wrapped ones."""
 
-LONG_RUN: Final = 8192
-"""Rows that share keys; half a millisecond's work where they are small."""
+LONG_RUN: Final = 2048
+"""Rows that share keys with rows anywhere in the column."""
+
+ONE_KEY_RUN: Final = 8192
+"""Rows that share a key with those beside them; half a millisecond's work where they are small."""
 
 RING: Final = 4 * MAX_KEYS_PER_CALL
 """Subjects whose keys are open at a time: 2 MiB of secret memory."""
@@ -154,11 +157,11 @@ class ColumnSealer:
             if names is not None:
                 self._seal_named(job, *names)
             elif subject is not None:
-                job.share(LONG_RUN, lambda start, stop: self._seal_subject(job, subject, start, stop))
+                job.share(ONE_KEY_RUN, lambda start, stop: self._seal_subject(job, subject, start, stop))
             elif self._policy.records == 1:
                 job.share(RUN, lambda start, stop: self._seal_fresh(job, start, stop))
             else:
-                job.share(LONG_RUN, lambda start, stop: self._seal_shared(job, shared, start, stop))
+                job.share(ONE_KEY_RUN, lambda start, stop: self._seal_shared(job, shared, start, stop))
         except BaseException:
             places.wipe()
             raise
