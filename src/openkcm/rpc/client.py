@@ -4,12 +4,14 @@
 Invariant: a data key leaves this process only sealed under a session that the native layers agreed on; an answer counts
 only if it is the answer to the very question; and what does not come in time is an outage (CoreUnavailable), never a
 wrong key. Every call of the data interface may be made twice without harm, so that a call which an address did not
-answer is made at the next, within one deadline. After a fork the child connects anew.
+answer is made at the next, within one deadline; what the Core refused is not asked again. Keys that were opened before
+a tenant went dark are not handed out after it. After a fork the child connects anew.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import threading
 import time
 import weakref
@@ -19,6 +21,7 @@ from typing import Any, Final, TypeVar
 
 from google.protobuf.message import Message
 
+from ..clock import awake_clock
 from ..crypto import SecretKeys, open_keys, random_bytes, seal_keys
 from ..errors import (
     ChannelExpired,
@@ -34,14 +37,30 @@ from ..limits import KEY_ID_BYTES, MAX_KEYS_PER_CALL, SERVICE_ID_BYTES
 from . import keys_pb2 as pb
 from . import wire
 from .endpoint import Endpoint, Endpoints
+from .joining import Joined
 from .listener import Watcher
-from .session import Credentials
+from .session import Credentials, Session
 from .transport import Connector
 
 M = TypeVar("M", bound=Message)
 
 DEADLINE_SECONDS: Final = 5.0
 """For how long an answer is waited for, all addresses taken together."""
+
+ROUNDS: Final = 2
+"""How often every address is asked: a connection that was cut is made again by the second time."""
+
+PAUSE_SECONDS: Final = 0.1
+"""Between rounds, at most; from half of it up."""
+
+STALE_SECONDS: Final = 0.75
+"""How old opened keys may be where the watch stream is not heard, since nothing else would tell of a kill."""
+
+FIRST_WORD_SECONDS: Final = 0.5
+"""How long the first call waits for the watch stream, so that no kill falls between the two."""
+
+Ask = Callable[[Endpoint, Session, float], Any]
+"""Makes a call in a session; of use until a moment of ``time.monotonic``."""
 
 
 class RemoteCore:
@@ -54,6 +73,9 @@ class RemoteCore:
         server_name: what the Core's certificate must be for; by default each address's host.
         deadline: seconds for which an answer is waited for.
     """
+
+    far: Final = True
+    """Calls take long and may fail: a Gateway fetches what it can in advance, and keeps what it cannot deliver."""
 
     def __init__(
         self,
@@ -68,13 +90,15 @@ class RemoteCore:
             raise InvalidInput("a deadline is a number of seconds above zero")
         self._deadline = deadline
         self._closed = False
-        self._make = lambda: Endpoints(
+        self._make: Callable[[], Endpoints] = lambda: Endpoints(
             [Endpoint(each, connector, credentials, server_name) for each in addresses]
         )
         self._start()
         _instances.add(self)
 
     def _start(self) -> None:
+        self._joined = Joined(self._unwrap)
+        self._changes = 0
         self._endpoints = self._make()
         self._granted: dict[bytes, float] = {}
         self._tenants: set[str] = set()
@@ -120,33 +144,37 @@ class RemoteCore:
     def wrap_keys(self, service: Service, keys: SecretKeys, kind: Kind, ids: bytes = b"") -> WrappedKeys:
         """As ``Core.wrap_keys``."""
 
-        def ask(endpoint: Endpoint, seconds: float) -> WrappedKeys:
-            session, channel = endpoint.session(seconds)
-            bound = wire.wrap_bound(session, service.service_id, kind, ids)
+        def ask(endpoint: Endpoint, session: Session, end: float) -> WrappedKeys:
+            bound = wire.wrap_bound(session.id, service.service_id, kind, ids)
             request = pb.WrapKeysRequest(
-                session=session,
+                session=session.id,
                 service=_name(service),
                 kind=kind,
                 ids=ids,
-                sealed_keys=seal_keys(channel, keys, bound),
+                sealed_keys=seal_keys(session.channel, keys, bound),
             )
-            data = endpoint.call("WrapKeys", request.SerializeToString(), seconds)
+            data = endpoint.call("WrapKeys", request.SerializeToString(), end)
             reply = wire.parse(pb.WrapKeysReply.FromString, data)
             wrapped = wire.wrapped_of(kind, reply.version, reply.wrapped, ids)
             if len(wrapped) != len(keys):
                 raise FormatError("the Core answered with another number of keys")
             return wrapped
 
-        return self._with_endpoint(ask)
+        wrapped: WrappedKeys = self._in_session(ask, time.monotonic() + self._deadline)
+        return wrapped
 
     def unwrap_keys(self, service: Service, wrapped: WrappedKeys) -> OpenedKeys:
         """As ``Core.unwrap_keys``; the lease is 0 while the watch stream is not heard."""
+        end = time.monotonic() + self._deadline
+        if len(wrapped) == 1:
+            return self._joined.unwrap(service, wrapped, end)
+        return self._unwrap(service, wrapped, end)
 
-        def ask(endpoint: Endpoint, seconds: float) -> OpenedKeys:
-            session, channel = endpoint.session(seconds)
+    def _unwrap(self, service: Service, wrapped: WrappedKeys, end: float) -> OpenedKeys:
+        def ask(endpoint: Endpoint, session: Session, end: float) -> tuple[Any, ...]:
             nonce = random_bytes(wire.NONCE_BYTES)
             request = pb.UnwrapKeysRequest(
-                session=session,
+                session=session.id,
                 nonce=nonce,
                 service=_name(service),
                 kind=wrapped.kind,
@@ -154,16 +182,25 @@ class RemoteCore:
                 wrapped=wrapped.wrapped,
                 ids=wrapped.ids,
             )
-            data = endpoint.call("UnwrapKeys", request.SerializeToString(), seconds)
+            data = endpoint.call("UnwrapKeys", request.SerializeToString(), end)
             reply = wire.parse(pb.UnwrapKeysReply.FromString, data)
-            bound = wire.unwrap_bound(session, nonce, service.service_id, wrapped)
-            keys = _opened(channel, reply.sealed_keys, bound, len(wrapped))
+            bound = wire.unwrap_bound(session.id, nonce, service.service_id, wrapped)
+            keys = _opened(session.channel, reply.sealed_keys, bound, len(wrapped))
             failures = wire.unpack_failures(reply.failures, len(wrapped)) if reply.failures else {}
             return keys, failures, reply.lease
 
-        keys, failures, granted = self._with_endpoint(ask)
+        while True:
+            changes, asked = self._changes, awake_clock()
+            keys, failures, granted = self._in_session(ask, end)
+            heard = self._heard()
+            if changes == self._changes and (heard or awake_clock() - asked < STALE_SECONDS):
+                break
+            # A tenant may have gone dark since the Core said this: it has to say it again.
+            keys.wipe()
+            if time.monotonic() >= end:
+                raise CoreUnavailable("the Core's answers come too late to be relied on")
         self._granted[service.service_id] = granted
-        return keys, failures, granted if granted and self._heard() else 0.0
+        return keys, failures, granted if granted and heard else 0.0
 
     def lease(self, service: Service) -> float:
         """As ``Core.lease``, from what the Core last said, and 0 unless the watch stream was heard just now."""
@@ -190,7 +227,9 @@ class RemoteCore:
         """As ``Core.shred_keys``."""
         for part in _parts(ids):
             self._call(
-                "ShredKeys", pb.ShredKeysRequest(service=_name(service), ids=part), pb.ShredKeysReply.FromString
+                "ShredKeys",
+                pb.ShredKeysRequest(service=_name(service), ids=part),
+                pb.ShredKeysReply.FromString,
             )
 
     def shredded(self, service: Service, ids: bytes) -> frozenset[bytes]:
@@ -209,8 +248,6 @@ class RemoteCore:
             self._next += 1
             number = self._next
             self._listeners[number] = listener
-            if self._watcher is None:
-                self._watcher = Watcher(self._endpoints, weakref.WeakMethod(self._on_event))
 
         def remove() -> None:
             self._listeners.pop(number, None)
@@ -227,6 +264,8 @@ class RemoteCore:
         """Pass a change on; one of no tenant is of every tenant."""
         if event.change is not Change.LIVE:
             self._granted.clear()
+        if event.change is Change.DARK:
+            self._changes += 1
         tenants = [event.tenant] if event.tenant else list(self._tenants)
         for tenant in tenants:
             told = Event(event.change, tenant, event.service_id, event.key_ids)
@@ -239,47 +278,75 @@ class RemoteCore:
 
     def _call(self, method: str, request: Message, parse: Callable[[bytes], M]) -> M:
         data = request.SerializeToString()
-        return wire.parse(parse, self._with_endpoint(lambda endpoint, seconds: endpoint.call(method, data, seconds)))
+        end = time.monotonic() + self._deadline
+        return wire.parse(parse, self._ask(lambda endpoint, end: endpoint.call(method, data, end), end))
 
-    def _with_endpoint(self, ask: Callable[[Endpoint, float], Any]) -> Any:
+    def _in_session(self, ask: Ask, end: float) -> Any:
+        return self._ask(lambda endpoint, end: _ask_in_session(ask, endpoint, end), end)
+
+    def _ask(self, ask: Callable[[Endpoint, float], Any], end: float) -> Any:
         """Ask one address after the other until one answers or the time is up."""
         self._check_open()
-        end = time.monotonic() + self._deadline
+        watcher = self._watcher
+        if watcher is None or not watcher.spoken:
+            self._watch_first()
         last: OpenKCMError | None = None
-        for endpoint in self._endpoints.in_order():
-            left = end - time.monotonic()
-            if left <= 0:
+        for again in range(ROUNDS):
+            if again and not self._pause(end):
                 break
-            try:
-                answer = _ask_in_session(ask, endpoint, left, end)
-            except CoreUnavailable as error:
-                self._check_open()
-                self._endpoints.failed(endpoint)
-                last = error
-                continue
-            self._endpoints.answered(endpoint)
-            return answer
+            endpoints = self._endpoints.in_order()
+            for at, endpoint in enumerate(endpoints):
+                now = time.monotonic()
+                if now >= end:
+                    break
+                try:
+                    # None may use up the time of those that come after it.
+                    answer = ask(endpoint, now + (end - now) / (len(endpoints) - at))
+                except CoreUnavailable as error:
+                    self._check_open()
+                    self._endpoints.failed(endpoint)
+                    last = error
+                    continue
+                self._endpoints.answered(endpoint)
+                return answer
         raise last or CoreUnavailable("no Core answered in time")
+
+    def _pause(self, end: float) -> bool:
+        """Wait for a moment before asking again; False when there is no time left."""
+        pause = PAUSE_SECONDS * random.uniform(0.5, 1.0)
+        if time.monotonic() + pause >= end:
+            return False
+        time.sleep(pause)
+        self._check_open()
+        return True
+
+    def _watch_first(self) -> None:
+        """Begin to watch, with the first call that a Gateway makes; where that is slow, go on without."""
+        with self._lock:
+            if not self._listeners:
+                return
+            if self._watcher is None:
+                self._watcher = Watcher(self._endpoints, weakref.WeakMethod(self._on_event))
+            watcher = self._watcher
+        watcher.wait(min(FIRST_WORD_SECONDS, self._deadline / 4))
 
     def _after_fork(self) -> None:
         listeners, tenants = self._listeners, self._tenants
-        watched = self._watcher is not None
         self._endpoints.forget()
         self._start()
-        self._listeners, self._tenants, self._next = listeners, tenants, len(listeners) + 1_000_000
-        if watched and not self._closed:
-            self._watcher = Watcher(self._endpoints, weakref.WeakMethod(self._on_event))
+        self._listeners, self._tenants, self._next = listeners, tenants, max(listeners, default=0)
 
 
-def _ask_in_session(ask: Callable[[Endpoint, float], Any], endpoint: Endpoint, left: float, end: float) -> Any:
+def _ask_in_session(ask: Ask, endpoint: Endpoint, end: float) -> Any:
     """Ask; once more, in a new session, where the Core does not know the session any more."""
+    session = endpoint.session(end)
     try:
-        return ask(endpoint, left)
+        return ask(endpoint, session, end)
     except (ChannelExpired, SecretMemoryError) as error:
-        if isinstance(error, SecretMemoryError) and not endpoint.has_lost_session():
+        if isinstance(error, SecretMemoryError) and not session.channel.wiped:
             raise
-        endpoint.drop_session()
-        return ask(endpoint, max(end - time.monotonic(), 0.001))
+    endpoint.drop_session(session)
+    return ask(endpoint, endpoint.session(end), end)
 
 
 def _opened(channel: Any, sealed: bytes, bound: bytes, count: int) -> SecretKeys:
@@ -287,7 +354,9 @@ def _opened(channel: Any, sealed: bytes, bound: bytes, count: int) -> SecretKeys
         keys = open_keys(channel, sealed, bound)
     except DecryptError:
         # Not the caller's record: what came is not the Core's answer to this question.
-        raise CoreUnavailable("what came is not the Core's answer; is somebody between it and here?") from None
+        raise CoreUnavailable(
+            "what came is not the Core's answer; is somebody between it and here?"
+        ) from None
     if len(keys) != count:
         keys.wipe()
         raise FormatError("the Core answered with another number of keys")

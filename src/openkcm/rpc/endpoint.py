@@ -2,7 +2,8 @@
 """The addresses of a Core, as a client knows them: connection, session and health of each.
 
 Invariant: one connection and one session an address, shared by all threads; a session is agreed on by one thread while
-the others wait for it. An address that did not answer is asked last for a while.
+the others wait for it, no longer than they wait for their call. An address that did not answer is asked last until it
+has answered a question of our own, asked in the background: no caller waits to find out whether it is back.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import random
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from typing import Final
 
-from ..errors import InvalidInput
+from ..errors import CoreUnavailable, InvalidInput, OpenKCMError
 from . import keys_pb2 as pb
 from . import wire
 from .session import ChannelReply, Credentials, Session, begin, finish
@@ -21,7 +23,15 @@ from .transport import Connector, Stream, Transport
 
 FIRST_PAUSE_SECONDS: Final = 0.25
 LONGEST_PAUSE_SECONDS: Final = 5.0
-"""For how long an address that failed is asked last; doubled with each failure, and drawn from half of it up."""
+"""After how long an address that failed is tried again; doubled with each failure, and drawn from half of it up."""
+
+TRIAL_SECONDS: Final = 1.0
+"""How long an address that is tried again may take to answer."""
+
+
+def left_until(end: float) -> float:
+    """Seconds up to a moment of ``time.monotonic``, and a little when it is past."""
+    return max(end - time.monotonic(), 0.001)
 
 
 class Endpoint:
@@ -39,11 +49,10 @@ class Endpoint:
         self._transport: Transport | None = None
         self._session: Session | None = None
         self.failures = 0
-        self.until = 0.0
 
-    def call(self, method: str, request: bytes, seconds: float) -> bytes:
-        """As ``Transport.call``."""
-        return self._connected().call(method, request, seconds)
+    def call(self, method: str, request: bytes, end: float) -> bytes:
+        """Make a call that is of use until ``end`` (of ``time.monotonic``); see ``Transport.call``."""
+        return self._connected().call(method, request, left_until(end))
 
     def stream(self, method: str, request: bytes) -> Stream:
         """As ``Transport.stream``."""
@@ -58,54 +67,72 @@ class Endpoint:
                     transport = self._transport = self._connector(self.address)
         return transport
 
-    def session(self, seconds: float) -> Session:
-        """The session under which data keys cross to this address, agreed on if there is none."""
+    def session(self, end: float) -> Session:
+        """The session under which data keys cross to this address, agreed on if there is none.
+
+        Raises:
+            CoreUnavailable: it was not agreed on before ``end``, by this thread or by another.
+        """
         session = self._session
         if session is not None and session.is_good():
             return session
-        with self._agreeing:
+        if not self._agreeing.acquire(timeout=left_until(end)):
+            raise CoreUnavailable(f"the Core at {self.address} did not answer in time")
+        try:
             session = self._session
             if session is None or not session.is_good():
-                state, hello = begin(self._credentials)
-                request = pb.ChannelHello(
-                    lowest_version=hello.lowest_version,
-                    highest_version=hello.highest_version,
-                    public_key=hello.public_key,
-                    certificates=hello.certificates,
-                    signature=hello.signature,
-                )
-                data = self.call("OpenChannel", request.SerializeToString(), seconds)
-                reply = wire.parse(pb.ChannelReply.FromString, data)
-                session = finish(
-                    state,
-                    ChannelReply(
-                        reply.version,
-                        reply.session,
-                        reply.lifetime,
-                        reply.public_key,
-                        tuple(reply.certificates),
-                        reply.signature,
-                    ),
-                    self._server_name,
-                )
-                self._session = session
-        return session
+                session = self._session = self._agree(end)
+            return session
+        finally:
+            self._agreeing.release()
+
+    def _agree(self, end: float) -> Session:
+        state, hello = begin(self._credentials)
+        request = pb.ChannelHello(
+            lowest_version=hello.lowest_version,
+            highest_version=hello.highest_version,
+            public_key=hello.public_key,
+            certificates=hello.certificates,
+            signature=hello.signature,
+        )
+        data = self.call("OpenChannel", request.SerializeToString(), end)
+        reply = wire.parse(pb.ChannelReply.FromString, data)
+        return finish(
+            state,
+            ChannelReply(
+                reply.version,
+                reply.session,
+                reply.lifetime,
+                reply.public_key,
+                tuple(reply.certificates),
+                reply.signature,
+            ),
+            self._server_name,
+        )
 
     def has_lost_session(self) -> bool:
         """Whether the session's keys are gone: wiped, or the parent's."""
         session = self._session
         return session is None or session.channel.wiped
 
-    def drop_session(self) -> None:
-        """Agree anew at the next use."""
-        session, self._session = self._session, None
-        if session is not None:
-            session.channel.wipe()
+    def drop_session(self, session: Session | None = None) -> None:
+        """Agree anew at the next use; with ``session``, only where it is still that one."""
+        with self._lock:
+            dropped = self._session
+            if dropped is None or (session is not None and dropped is not session):
+                return
+            self._session = None
+        dropped.channel.wipe()
+
+    def peek(self) -> Session | None:
+        """The session there is, good or not."""
+        return self._session
 
     def close(self) -> None:
         """Wipe the session and close the connection."""
         self.drop_session()
-        transport, self._transport = self._transport, None
+        with self._lock:
+            transport, self._transport = self._transport, None
         if transport is not None:
             transport.close()
 
@@ -118,28 +145,47 @@ class Endpoints:
             raise InvalidInput("a Core has at least one address")
         self._all = list(endpoints)
         self.addresses = [each.address for each in self._all]
-        self._kept: list[Endpoint] = []
+        self._lock = threading.Lock()
+        self._trying: set[str] = set()
+        self._closed = threading.Event()
 
     def in_order(self) -> list[Endpoint]:
-        """The addresses in the order in which to ask them."""
+        """The addresses in the order in which to ask them: as preferred, those that failed last."""
         if len(self._all) == 1:
             return self._all
-        now = time.monotonic()
-        return sorted(self._all, key=lambda each: each.until > now)
+        return sorted(self._all, key=lambda each: each.failures)
 
     def failed(self, endpoint: Endpoint) -> None:
-        """It did not answer."""
-        endpoint.failures += 1
-        pause = min(FIRST_PAUSE_SECONDS * 2 ** (endpoint.failures - 1), LONGEST_PAUSE_SECONDS)
-        endpoint.until = time.monotonic() + pause * random.uniform(0.5, 1.0)
+        """It did not answer: ask it last until it does, which a thread of its own finds out."""
+        with self._lock:
+            endpoint.failures = max(endpoint.failures, 1)
+            # One that is alone is asked by every call anyway.
+            if len(self._all) == 1 or endpoint.address in self._trying or self._closed.is_set():
+                return
+            self._trying.add(endpoint.address)
+        threading.Thread(
+            target=_try_again,
+            args=(weakref.ref(self), endpoint, self._closed),
+            name="openkcm-retry",
+            daemon=True,
+        ).start()
 
     def answered(self, endpoint: Endpoint) -> None:
         """It answered."""
-        if endpoint.failures:
-            endpoint.failures, endpoint.until = 0, 0.0
+        endpoint.failures = 0
+
+    def tried(self, endpoint: Endpoint, answered: bool) -> None:
+        """What a trial in the background found out."""
+        with self._lock:
+            if answered:
+                endpoint.failures = 0
+                self._trying.discard(endpoint.address)
+            else:
+                endpoint.failures += 1
 
     def close(self) -> None:
         """Close every connection."""
+        self._closed.set()
         for each in self._all:
             each.close()
 
@@ -149,6 +195,28 @@ class Endpoints:
 
 
 _inherited: Final[list[Endpoints]] = []
+
+
+def _try_again(endpoints: weakref.ref[Endpoints], endpoint: Endpoint, closed: threading.Event) -> None:
+    """Ask an address that failed for a new session, again and again, until it answers or nobody wants to know."""
+    pause = FIRST_PAUSE_SECONDS
+    answered = False
+    while not answered and not closed.wait(pause * random.uniform(0.5, 1.0)):
+        if endpoints() is None:
+            return
+        try:
+            endpoint.drop_session()  # the next caller finds one that was agreed on with what answers now
+            endpoint.session(time.monotonic() + TRIAL_SECONDS)
+            answered = True
+        except CoreUnavailable:
+            pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
+        except OpenKCMError:
+            answered = True  # a refusal is an answer, and the next caller is to hear it
+        held = endpoints()
+        if held is None or closed.is_set():
+            return
+        held.tried(endpoint, answered)
+        del held
 
 
 def host_of(address: str) -> str:

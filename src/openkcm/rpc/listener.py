@@ -2,8 +2,8 @@
 """A Gateway's end of the watch stream.
 
 Invariant: ``is_heard`` is true only while replies come, the last one no longer ago than three heartbeats. A stream that
-broke is taken up where it was, at any address, so that no change is missed; where that cannot be, everything held is
-dropped.
+broke is taken up where it was, at any address, so that no change is missed; where that cannot be, because the Core says
+so or because keys were held before the first word came, everything held is dropped.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from __future__ import annotations
 import logging
 import random
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from typing import Final
 
-from ..errors import AccessDenied, OpenKCMError
+from ..clock import awake_clock
+from ..errors import AccessDenied, CoreUnavailable, OpenKCMError
 from ..keys import Change, Event
 from ..limits import KEY_ID_BYTES
 from . import keys_pb2 as pb
@@ -50,12 +50,24 @@ class Watcher:
         self._heartbeat = 0.25
         self._heard = -1e9
         self._opened = 0.0
+        self._late = False
+        self._spoken = threading.Event()
         threading.Thread(target=self._run, name="openkcm-watch", daemon=True).start()
         threading.Thread(target=self._guard, name="openkcm-watch-guard", daemon=True).start()
 
     def is_heard(self) -> bool:
         """Whether the Core was heard in the last three heartbeats."""
-        return time.monotonic() - self._heard < MISSED_HEARTBEATS * self._heartbeat
+        return awake_clock() - self._heard < MISSED_HEARTBEATS * self._heartbeat
+
+    @property
+    def spoken(self) -> bool:
+        """Whether the first word came, or did not come from the first address that was asked for it."""
+        return self._spoken.is_set()
+
+    def wait(self, seconds: float) -> None:
+        """Wait until ``spoken``; where that takes too long, keys are used without, and dropped at the first word."""
+        if not self._spoken.wait(seconds):
+            self._late = True
 
     def stop(self) -> None:
         """End the stream."""
@@ -82,7 +94,7 @@ class Watcher:
         """Listen to one address until its stream ends; returns whether anything was heard."""
         heard = False
         try:
-            self._opened = time.monotonic()
+            self._opened = awake_clock()
             request = pb.WatchRequest(vault=self._vault, position=self._position)
             self._stream = endpoint.stream("Watch", request.SerializeToString())
             for data in self._stream:
@@ -91,11 +103,16 @@ class Watcher:
                     return heard
         except AccessDenied:
             self._reset()
+        except CoreUnavailable as error:
+            self._endpoints.failed(endpoint)
+            logger.info("the watch stream from %s ended: %s", endpoint.address, error)
         except OpenKCMError as error:
             logger.info("the watch stream from %s ended: %s", endpoint.address, error)
         except Exception:
             logger.exception("the watch stream from %s failed", endpoint.address)
         finally:
+            self._late = self._late or not self._vault
+            self._spoken.set()
             stream, self._stream = self._stream, None
             if stream is not None:
                 stream.cancel()
@@ -106,7 +123,7 @@ class Watcher:
         tell = self._tell()
         if tell is None:
             return False
-        if reply.reset or (self._vault and reply.vault != self._vault):
+        if reply.reset or (reply.vault != self._vault if self._vault else self._late):
             tell(Event(Change.DARK, ""))
         for each in reply.events:
             ids = each.key_ids
@@ -117,7 +134,8 @@ class Watcher:
         self._vault = reply.vault
         self._heartbeat = min(max(reply.heartbeat / 1000, 0.05), 10.0)
         # Only now: what a reply tells was acted on before anything relies on having heard it.
-        self._heard = time.monotonic()
+        self._heard = awake_clock()
+        self._spoken.set()
         return not self._stop.is_set()
 
     def _reset(self) -> None:
@@ -132,5 +150,5 @@ class Watcher:
                 self.stop()
                 return
             stream = self._stream
-            if stream is not None and time.monotonic() - max(self._heard, self._opened) > PATIENCE_SECONDS:
-                stream.cancel()
+            if stream is not None and awake_clock() - max(self._heard, self._opened) > PATIENCE_SECONDS:
+                stream.cancel()  # which its reader takes for an outage
