@@ -173,6 +173,10 @@ from before the call, the keys may be kept open, 0 for not at all. A plain tuple
 class KeyService(Protocol):
     """What a Gateway needs of a Core, embedded or remote."""
 
+    @property
+    def far(self) -> bool:
+        """Whether its calls cross a network: then a Gateway fetches in advance, and keeps what it cannot deliver."""
+
     def find_service(self, tenant: str, name: str) -> Service:
         """Look a service up; raises TenantNotFound or ServiceNotFound."""
 

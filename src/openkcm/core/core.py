@@ -57,6 +57,9 @@ class Core(Access):
     the roots. Use it as a context manager, or ``close`` it.
     """
 
+    far: Final = False
+    """See ``keys.KeyService``: its calls cross no network."""
+
     def __init__(self, vault: Vault, region: str, poll_interval: float) -> None:
         super().__init__(vault, poll_interval)
         self._region = region

@@ -15,6 +15,7 @@ from types import TracebackType
 
 from ..errors import CoreUnavailable, InvalidInput
 from ..keys import Change, Event, KeyService, check_name
+from .errands import Errands
 from .keystore import KeyStore, open_key_store
 from .policy import DataKeyPolicy, PoolPolicy
 from .service import ServiceHandle
@@ -50,6 +51,7 @@ class Gateway:
         self._owns_keys = not hasattr(keys, "find_ids")
         self._policy = policy or DataKeyPolicy()
         self._pool = pool or PoolPolicy()
+        self._errands = Errands("openkcm-refill") if core.far else None
         self._lock = threading.Lock()
         self._handles: dict[tuple[str, str], ServiceHandle] = {}
         self._every: weakref.WeakSet[ServiceHandle] = weakref.WeakSet()
@@ -72,7 +74,9 @@ class Gateway:
             with self._lock:
                 handle = self._handles.get(place)
                 if handle is None:
-                    handle = ServiceHandle(self, self._core, self._keys, found, self._policy, self._pool)
+                    handle = ServiceHandle(
+                        self, self._core, self._keys, found, self._policy, self._pool, self._errands
+                    )
                     self._handles[place] = handle
                     self._every.add(handle)
         return handle
@@ -83,6 +87,8 @@ class Gateway:
             return
         self._closed = True
         self._unwatch()
+        if self._errands is not None:
+            self._errands.stop()
         with self._lock:
             handles = list(self._every)
             self._handles.clear()
@@ -121,6 +127,8 @@ class Gateway:
     def _after_fork(self) -> None:
         self._lock = threading.Lock()
         self._keys.forget()
+        if self._errands is not None:
+            self._errands.after_fork()
         for handle in list(self._every):
             handle.after_fork()
 

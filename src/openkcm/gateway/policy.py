@@ -41,7 +41,8 @@ class PoolPolicy:
     """How many data keys are wrapped in advance for each service, so that a single call asks nobody.
 
     Args:
-        keys: how many are made at a time, and the most that wait; 0 for none.
+        keys: how many are made at a time, and the most that wait; 0 for none. Of a Core that is far away, half are
+            made at a time, while the other half is used.
         seconds: after how long those left over are thrown away.
     """
 

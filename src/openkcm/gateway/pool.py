@@ -1,23 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data keys made and wrapped in advance, so that a single ``encrypt`` asks nobody.
 
-Invariant: a key is handed out once. A pool holds at most one batch, for a bounded time; what was made before a
-kill, a rotation or a fork is wiped, and what was being made then is never handed out.
+Invariant: a key is handed out once. A pool holds at most ``PoolPolicy.keys``, for a bounded time; what was made before
+a kill, a rotation or a fork is wiped, and what was being made then is never handed out. Where the Core is far away the
+keys are in two halves: while one is used up, the other is fetched in the background.
 """
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from .. import crypto
 from ..crypto import SecretKeys
-from ..errors import SecretMemoryError
+from ..errors import OpenKCMError, SecretMemoryError, Unavailable
 from ..keys import KeyService, Kind, Service
 from ..limits import WRAPPED_KEY_BYTES
+from .errands import Errands
 from .policy import DataKeyPolicy, PoolPolicy
+
+RENEWED: Final = (0.4, 0.6)
+"""Between which parts of its time a half that is in use is replaced: all Gateways at once would be a burst, and an
+outage is to find keys that last for a while yet."""
+
+FIRST_PAUSE_SECONDS: Final = 0.1
+LONGEST_PAUSE_SECONDS: Final = 5.0
+"""After how long a fetch that found no Core is tried again; doubled each time, and drawn from half of it up."""
+
+LONGEST_LOOK_SECONDS: Final = 60.0
+"""After how long the spare half is looked at again, at the latest."""
 
 
 class ReadyKeys:
@@ -32,16 +47,32 @@ class ReadyKeys:
         self.expires = expires
         self.positions = list(range(len(keys)))
 
+    def good(self) -> bool:
+        """Whether it has keys to hand out now."""
+        return bool(self.positions) and not self.keys.wiped and time.monotonic() <= self.expires
+
 
 class Pool:
-    """The waiting keys of one service."""
+    """The waiting keys of one service.
 
-    def __init__(self, core: KeyService, service: Service, policy: PoolPolicy) -> None:
+    Args:
+        errands: fetches in the background, where the Core is far away; None where it is here.
+    """
+
+    def __init__(
+        self, core: KeyService, service: Service, policy: PoolPolicy, errands: Errands | None = None
+    ) -> None:
         self._core = core
         self._service = service
         self._policy = policy
+        self._errands = errands if policy.keys > 1 else None
+        self._count = max(1, policy.keys if self._errands is None else policy.keys // 2)
         self._filling = threading.Lock()
+        self._lock = threading.Lock()
         self._epoch = 0
+        self._spare: ReadyKeys | None = None
+        self._pause = FIRST_PAUSE_SECONDS
+        self._renew_at = 0.0
         self.ready: ReadyKeys | None = None
 
     def refill(self, used_up: ReadyKeys | None) -> ReadyKeys:
@@ -52,20 +83,54 @@ class Pool:
         """
         with self._filling:
             ready = self.ready
-            if ready is not None and ready is not used_up and ready.positions and not ready.keys.wiped:
+            if ready is not None and ready is not used_up and ready.good():
                 return ready
-            epoch = self._epoch
-            self.ready = None
-            keys = crypto.generate_keys(max(1, self._policy.keys))
-            wrapped = self._core.wrap_keys(self._service, keys, Kind.INLINE)
-            ready = ReadyKeys(keys, wrapped.version, wrapped.wrapped, time.monotonic() + self._policy.seconds)
-            if self._policy.keys and epoch == self._epoch:
-                self.ready = ready
-            # A wipe that came between the check and the assignment has to be done over.
-            if epoch != self._epoch:
-                self.ready = None
-                keys.wipe()
-            return ready
+            with self._lock:
+                epoch, spare = self._epoch, self._spare
+                self._spare = self.ready = None
+            ready = spare if spare is not None and spare.good() else self._make()
+            with self._lock:
+                if epoch != self._epoch:
+                    ready.keys.wipe()
+                elif self._policy.keys:
+                    self.ready = ready
+        if self._errands is not None:
+            self._errands.ask(self.fetch)
+        return ready
+
+    def fetch(self) -> float | None:
+        """Have a good spare half, and a newer one where the pool is in use; returns when to come again."""
+        with self._lock:
+            epoch, ready, spare = self._epoch, self.ready, self._spare
+        if ready is None or time.monotonic() > ready.expires:
+            return None  # nobody uses it; who does next asks for more
+        used = len(ready.positions) < self._count
+        if spare is not None and spare.good() and not (used and time.monotonic() >= self._renew_at):
+            return self._until_renewal()
+        try:
+            fresh = self._make()
+        except Unavailable:
+            pause, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE_SECONDS)
+            return pause * random.uniform(0.5, 1.0)
+        except OpenKCMError:
+            return None  # whoever finds the pool empty is told
+        self._pause = FIRST_PAUSE_SECONDS
+        self._renew_at = time.monotonic() + self._policy.seconds * random.uniform(*RENEWED)
+        with self._lock:
+            old: ReadyKeys | None = fresh
+            if epoch == self._epoch:
+                old, self._spare = self._spare, fresh
+        if old is not None:
+            old.keys.wipe()
+        return self._until_renewal()
+
+    def _until_renewal(self) -> float:
+        return min(max(self._renew_at - time.monotonic(), self._policy.seconds / 10), LONGEST_LOOK_SECONDS)
+
+    def _make(self) -> ReadyKeys:
+        keys = crypto.generate_keys(self._count)
+        wrapped = self._core.wrap_keys(self._service, keys, Kind.INLINE)
+        return ReadyKeys(keys, wrapped.version, wrapped.wrapped, time.monotonic() + self._policy.seconds)
 
     def take(self) -> tuple[ReadyKeys, int]:
         """One waiting key: its batch, and its position there."""
@@ -85,10 +150,13 @@ class Pool:
 
     def wipe(self) -> None:
         """Zero what waits; what is being made meanwhile is thrown away."""
-        self._epoch += 1
-        ready, self.ready = self.ready, None
-        if ready is not None:
-            ready.keys.wipe()
+        with self._lock:
+            self._epoch += 1
+            ready, self.ready = self.ready, None
+            spare, self._spare = self._spare, None
+        for each in (ready, spare):
+            if each is not None:
+                each.keys.wipe()
 
 
 @dataclass(slots=True)

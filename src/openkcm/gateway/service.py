@@ -35,6 +35,7 @@ from .batches import (
 )
 from .column_opener import ColumnOpener
 from .columns import ColumnSealer
+from .errands import Errands
 from .keystore import KeyStore
 from .leases import Leases
 from .opener import Opener
@@ -57,6 +58,7 @@ class ServiceHandle:
         service: Service,
         policy: DataKeyPolicy,
         pool: PoolPolicy,
+        errands: Errands | None = None,
     ) -> None:
         # Its Gateway hears of kills for it, and so must live as long as the handle does.
         self._owner = owner
@@ -64,6 +66,7 @@ class ServiceHandle:
         self._service = service
         self._policy = policy
         self._pool_policy = pool
+        self._errands = errands
         self._leases = Leases(core, service)
         self._subjects = SubjectKeys(core, store, service, self._leases)
         self._inline = _cipher(Kind.INLINE, service, WRAPPED_KEY_BYTES)
@@ -470,7 +473,7 @@ class ServiceHandle:
 
     def after_fork(self) -> None:
         """Start without keys and with fresh locks; what waited belongs to the parent."""
-        self._pool = Pool(self._core, self._service, self._pool_policy)
+        self._pool = Pool(self._core, self._service, self._pool_policy, self._errands)
         self._shared = SharedKeys(self._pool, self._policy)
         self._running = RunningStreams(self._core, self._service)
         self._subjects.after_fork()
