@@ -54,6 +54,7 @@ _FAMILIES: Final[tuple[tuple[type[errors.OpenKCMError], ExitCode], ...]] = (
     (errors.AccessDenied, ExitCode.DENIED),
     (errors.ConfigurationError, ExitCode.CONFIGURATION),
     (errors.Unavailable, ExitCode.UNAVAILABLE),
+    (errors.ChannelExpired, ExitCode.UNAVAILABLE),
     (errors.SecretMemoryError, ExitCode.SECRET_MEMORY),
 )
 

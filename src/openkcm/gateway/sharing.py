@@ -21,7 +21,7 @@ RUN_BYTES: Final = 4 * 1024 * 1024
 """A run of rows ends here at the latest, so that a kill does not wait for it long."""
 
 SHARES: Final = 4
-"""A thread has so many runs of a short column at least, so that one that was held up does not keep the others waiting."""
+"""A thread has so many runs of a short column at least, so that one that was held up does not keep others waiting."""
 
 Work = Callable[[int, int], None]
 
