@@ -127,8 +127,8 @@ bench: $(VENV)/.native $(VENV)/.dev  ## OpenKCM beside its peers, into docs/benc
 	@$(BIN)/python bench $(ARGS)
 
 # What concerns OpenKCM alone; a script each. Not with ARGS, which each would read as its own.
-bench-more: $(VENV)/.native $(VENV)/.dev  ## Files, probes, neighbours, the fallback and very large vaults, timed
-	@set -e; for script in tables probes isolation fallback scale; do \
+bench-more: $(VENV)/.native $(VENV)/.dev  ## Files, probes, neighbours, the fallback, large vaults and key stores, timed
+	@set -e; for script in tables probes isolation fallback scale key_stores; do \
 	    echo "== $$script"; $(BIN)/python bench/$$script.py; done
 
 wheel: $(VENV)/.dev  ## A wheel for this machine and an sdist, in dist/

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+import openkcm
 from key_store_support import (
     OTHER,
     SERVICE,
@@ -33,12 +34,12 @@ from key_store_support import (
     subjects,
     valkey_place,
 )
-from openkcm.errors import StoreUnavailable
+from openkcm.errors import KeyDestroyed, StoreUnavailable
 from openkcm.gateway import postgres_pool, valkey_client
 from openkcm.gateway.keystore import KeyStore
 from openkcm.limits import MAX_KEYS_PER_CALL
 from openkcm.testing.tcp_proxy import TcpProxy
-from support import environment, refused
+from support import environment, make_vault, refused
 
 KINDS = ["sqlite", "postgres", "valkey"]
 SERVERS = ["postgres", "valkey"]
@@ -355,6 +356,27 @@ def _every_call(store: KeyStore) -> list[Callable[[], object]]:
         lambda: store.scan(SERVICE, b"", 1),
         lambda: store.count(SERVICE),
     ]
+
+
+def test_a_gateway_goes_on_with_what_it_remembers(served: Place, tmp_path: Path) -> None:
+    server = served.server
+    assert server is not None
+    with make_vault(tmp_path) as core, openkcm.Gateway(core, keys=served.url) as gateway:
+        handle = gateway.service("acme", "records")
+        blob = handle.encrypt(b"x", subject="known")
+        for stop in (server.stop, server.kill):
+            stop()
+            assert handle.decrypt(blob) == b"x"
+            assert handle.decrypt(handle.encrypt(b"y", subject="known")) == b"y"
+            assert refused(
+                lambda: handle.encrypt(b"y", subject=f"new-{stop.__name__}"), StoreUnavailable
+            ).retryable
+            # A shred has to know which key is the subject's, and says that it does not.
+            assert refused(lambda: handle.shred("known"), StoreUnavailable).retryable
+            server.start()
+            assert handle.decrypt(handle.encrypt(b"z", subject=f"new-{stop.__name__}")) == b"z"
+        assert handle.shred("known") == 1
+        refused(lambda: handle.decrypt(blob), KeyDestroyed)
 
 
 def test_keys_that_were_acknowledged_survive_a_kill_under_load(served: Place) -> None:

@@ -126,6 +126,14 @@ def test_a_right_that_is_missing_is_named(empty_valkey: ValkeyServer) -> None:
         assert not refused(lambda: store.add(SERVICE, make_keys(1)), StoreUnavailable).retryable
 
 
+def test_a_login_that_is_missing(empty_valkey: ValkeyServer) -> None:
+    for login in ("", ":guess@", "nobody:guess@"):
+        error = refused_at(f"valkey://{login}127.0.0.1:{empty_valkey.port}", StoreUnavailable)
+        assert not error.retryable
+        assert "password" in str(error)
+        assert "guess" not in str(error)
+
+
 def test_the_rights_that_the_documentation_names_are_enough(empty_valkey: ValkeyServer) -> None:
     page = Path(__file__).parents[2].joinpath("docs", "key-stores.md").read_text()
     (line,) = [line for line in page.splitlines() if line.startswith("ACL SETUSER gateway")]

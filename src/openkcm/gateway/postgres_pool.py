@@ -63,7 +63,7 @@ def _until(steps: Generator[Any, Any, T], deadline: float) -> Generator[Any, Any
             ready = yield wanted
             if not ready and time.monotonic() > deadline:
                 raise Silent("no answer in time")
-            # psycopg tells of nothing and looks at no answer to it.
+            # Of nothing it is told too: then what it wants is the same as before, and goes unread.
             wanted = steps.send(ready)
     except StopIteration as end:
         return end.value  # type: ignore[no-any-return]
