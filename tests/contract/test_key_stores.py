@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -364,17 +365,16 @@ def test_a_gateway_goes_on_with_what_it_remembers(served: Place, tmp_path: Path)
     with make_vault(tmp_path) as core, openkcm.Gateway(core, keys=served.url) as gateway:
         handle = gateway.service("acme", "records")
         blob = handle.encrypt(b"x", subject="known")
-        for stop in (server.stop, server.kill):
+        for stop, new in ((server.stop, "one"), (server.kill, "two")):
             stop()
             assert handle.decrypt(blob) == b"x"
             assert handle.decrypt(handle.encrypt(b"y", subject="known")) == b"y"
-            assert refused(
-                lambda: handle.encrypt(b"y", subject=f"new-{stop.__name__}"), StoreUnavailable
-            ).retryable
+            encrypt = partial(handle.encrypt, b"y", subject=new)
+            assert refused(encrypt, StoreUnavailable).retryable
             # A shred has to know which key is the subject's, and says that it does not.
             assert refused(lambda: handle.shred("known"), StoreUnavailable).retryable
             server.start()
-            assert handle.decrypt(handle.encrypt(b"z", subject=f"new-{stop.__name__}")) == b"z"
+            assert handle.decrypt(handle.encrypt(b"z", subject=new)) == b"z"
         assert handle.shred("known") == 1
         refused(lambda: handle.decrypt(blob), KeyDestroyed)
 
