@@ -20,6 +20,24 @@ SERVICE = b"service-id-1"
 OTHER = b"service-id-2"
 
 
+RACER = """
+import hashlib, os, sys
+from openkcm.gateway.keystore import StoredKey, open_key_store
+store = open_key_store(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+subjects = [hashlib.sha256(b"%d" % number).digest() for number in range(3000)]
+keys = [StoredKey(os.urandom(16), each, 1, os.urandom(72)) for each in subjects]
+for start in range(0, 3000, 500):
+    counting = dict(store.add(b"service-id-1", keys[start : start + 500]))
+    store.add(b"service-id-2", keys[::-1])
+found = store.find_subjects(b"service-id-1", subjects)
+print(store.salt.hex(), hashlib.sha256(b"".join(found[each].key_id for each in subjects)).hexdigest())
+store.close()
+"""
+"""A process that opens a store, waits for a line, and adds keys for the same subjects as others of its kind."""
+
+
 def make_keys(count: int, version: int = 1) -> list[StoredKey]:
     """Keys of random bytes, as a store takes them."""
     return [StoredKey(os.urandom(16), os.urandom(32), version, os.urandom(72)) for _ in range(count)]

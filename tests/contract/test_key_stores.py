@@ -23,6 +23,7 @@ import pytest
 import openkcm
 from key_store_support import (
     OTHER,
+    RACER,
     SERVICE,
     Place,
     by_id,
@@ -214,25 +215,9 @@ def test_a_rewrap_does_not_go_back(store: KeyStore) -> None:
 
 # ---- many at once ------------------------------------------------------------------------------------
 
-_RACER = """
-import hashlib, os, sys
-from openkcm.gateway.keystore import StoredKey, open_key_store
-store = open_key_store(sys.argv[1])
-print("ready", flush=True)
-sys.stdin.readline()
-subjects = [hashlib.sha256(b"%d" % number).digest() for number in range(3000)]
-keys = [StoredKey(os.urandom(16), each, 1, os.urandom(72)) for each in subjects]
-for start in range(0, 3000, 500):
-    counting = dict(store.add(b"service-id-1", keys[start : start + 500]))
-    store.add(b"service-id-2", keys[::-1])
-found = store.find_subjects(b"service-id-1", subjects)
-print(store.salt.hex(), hashlib.sha256(b"".join(found[each].key_id for each in subjects)).hexdigest())
-store.close()
-"""
-
 
 def test_processes_that_race_end_with_the_same_keys(place: Place) -> None:
-    command = [sys.executable, "-c", _RACER, place.url]
+    command = [sys.executable, "-c", RACER, place.url]
     with ExitStack() as stack:
         racers = []
         for _ in range(4):
