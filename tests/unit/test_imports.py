@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "testing": VOCABULARY | {"roots"},
     "pki": VOCABULARY,
     "rpc": VOCABULARY | {"crypto", "roots", "core", "gateway"},
-    "cli": VOCABULARY | {"crypto", "roots", "core", "gateway", "rpc", "pki", ""},
+    "cli": VOCABULARY | {"crypto", "roots", "core", "gateway", "rpc", "pki", "testing", ""},
     # The package itself: the errors and the vocabulary at once, the rest when a name is first used.
     "": {"errors", "keys"},
 }

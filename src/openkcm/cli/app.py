@@ -20,6 +20,7 @@ from ..errors import OpenKCMError
 from . import (
     crypt,
     demo,
+    demo_regions,
     doctor,
     drill,
     grant,
@@ -87,6 +88,7 @@ for module in (
     serve,
     doctor,
     demo,
+    demo_regions,
 ):
     module.register(app)
 
