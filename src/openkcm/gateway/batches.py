@@ -179,6 +179,18 @@ def place_failures(
     return [at for at in range(len(positions)) if at not in failures]
 
 
+def subjects_of(subject: str | None, subjects: Sequence[str] | None, count: int) -> list[str] | None:
+    """The subjects of a batch: one for all, one a record, or none."""
+    if subjects is None:
+        return None if subject is None else [subject]
+    if subject is not None:
+        raise InvalidInput("give subject= for all records or subjects= for each, not both")
+    names = as_list(subjects)
+    if len(names) != count:
+        raise InvalidInput(f"there are {count} records and {len(names)} subjects")
+    return names
+
+
 def at_index(error: OpenKCMError, index: int) -> OpenKCMError:
     """The same error, saying which item it is about."""
     return type(error)(str(error), index=index)

@@ -12,11 +12,12 @@ import threading
 import weakref
 from collections.abc import Callable
 from types import TracebackType
+from typing import cast
 
-from ..errors import CoreUnavailable, InvalidInput
+from ..errors import CoreUnavailable
 from ..keys import Change, Event, KeyService, check_name
-from .errands import Errands
-from .keystore import KeyStore, open_key_store
+from .background import Background
+from .keystore import KeyStore, NoKeyStore, open_key_store
 from .policy import DataKeyPolicy, PoolPolicy
 from .service import ServiceHandle
 
@@ -29,7 +30,8 @@ class Gateway:
     Args:
         core: a Core, embedded or remote.
         keys: where named data keys are kept: a path (a SQLite file), a URL (``postgresql://...``, ``valkey://...``; see
-            ``keystore.open_key_store``) or a key store. By default the file beside an embedded vault.
+            ``keystore.open_key_store``) or a key store. By default the file beside an
+            embedded vault; without one, naming a subject raises InvalidInput.
         policy: how long a data key serves; by default one record.
         pool: how many data keys wait ready for single calls.
 
@@ -51,7 +53,7 @@ class Gateway:
         self._owns_keys = not hasattr(keys, "find_ids")
         self._policy = policy or DataKeyPolicy()
         self._pool = pool or PoolPolicy()
-        self._errands = Errands("openkcm-refill") if core.far else None
+        self._background = Background(core, self._keys)
         self._lock = threading.Lock()
         self._handles: dict[tuple[str, str], ServiceHandle] = {}
         self._every: weakref.WeakSet[ServiceHandle] = weakref.WeakSet()
@@ -75,10 +77,11 @@ class Gateway:
                 handle = self._handles.get(place)
                 if handle is None:
                     handle = ServiceHandle(
-                        self, self._core, self._keys, found, self._policy, self._pool, self._errands
+                        self, self._core, self._keys, found, self._policy, self._pool, self._background
                     )
                     self._handles[place] = handle
                     self._every.add(handle)
+            self._background.wake()
         return handle
 
     def close(self) -> None:
@@ -87,8 +90,7 @@ class Gateway:
             return
         self._closed = True
         self._unwatch()
-        if self._errands is not None:
-            self._errands.stop()
+        self._background.stop()
         with self._lock:
             handles = list(self._every)
             self._handles.clear()
@@ -127,8 +129,7 @@ class Gateway:
     def _after_fork(self) -> None:
         self._lock = threading.Lock()
         self._keys.forget()
-        if self._errands is not None:
-            self._errands.after_fork()
+        self._background.after_fork()
         for handle in list(self._every):
             handle.after_fork()
 
@@ -149,7 +150,7 @@ def _key_store(core: KeyService, keys: str | os.PathLike[str] | KeyStore | None)
     if keys is None:
         keys = getattr(core, "default_key_store", None)
         if keys is None:
-            raise InvalidInput("name a key store (keys=PATH or URL) for the data keys of subjects")
+            return cast(KeyStore, NoKeyStore())
     return open_key_store(keys) if isinstance(keys, (str, os.PathLike)) else keys
 
 

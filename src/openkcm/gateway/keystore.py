@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol, cast
 
 from ..errors import ConfigurationError, InvalidInput, StoreUnavailable
-from ..limits import KEY_ID_BYTES, MAX_KEYS_PER_CALL, SUBJECT_HASH_BYTES, WRAPPED_KEY_BYTES
+from ..keys import Service, check_name
+from ..limits import KEY_ID_BYTES, MAX_KEYS_PER_CALL, SERVICE_ID_BYTES, SUBJECT_HASH_BYTES, WRAPPED_KEY_BYTES
 
 WHAT: Final = "the Gateway's key store"
 VERSION: Final = 1
@@ -47,6 +48,18 @@ class StoredKey(NamedTuple):
     wrapped: bytes
 
 
+class Buried(NamedTuple):
+    """A key that was deleted here, and of whose shredding the Core is yet to hear. Nothing in it is about a person."""
+
+    service: Service
+    key_id: bytes
+
+    @property
+    def place(self) -> bytes:
+        """Where it comes in order: service id (12), data key id (16)."""
+        return self.service.service_id + self.key_id
+
+
 class KeyStore(Protocol):
     """What a Gateway needs of a key store. Every method takes many; all are safe for threads."""
 
@@ -71,6 +84,18 @@ class KeyStore(Protocol):
 
     def remove(self, service_id: bytes, key_ids: Iterable[bytes]) -> None:
         """Delete keys; where the store can, what held them is overwritten."""
+
+    def bury(self, service: Service, key_ids: Sequence[bytes]) -> None:
+        """Delete keys, and keep in the same step that the Core is yet to hear of it: a tombstone for each id."""
+
+    def buried(self, service_id: bytes, key_ids: Sequence[bytes]) -> frozenset[bytes]:
+        """Those of the ids that have a tombstone here."""
+
+    def pending(self, after: bytes, limit: int) -> list[Buried]:
+        """Up to ``limit`` tombstones whose ``place`` is greater than ``after``, in that order."""
+
+    def delivered(self, service_id: bytes, key_ids: Sequence[bytes]) -> None:
+        """The Core has these tombstones: drop them here."""
 
     def scan(self, service_id: bytes, after: bytes, limit: int) -> list[StoredKey]:
         """Up to ``limit`` keys with ids greater than ``after``, in order."""
@@ -170,3 +195,36 @@ def _check_bytes(values: Sequence[Any], size: int) -> None:
 def parts(items: Sequence[Any], size: int = MAX_KEYS_PER_CALL) -> Iterable[Sequence[Any]]:
     """Cut a sequence into pieces of at most ``size``."""
     return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def buried_of(rows: Iterable[Sequence[Any]]) -> list[Buried]:
+    """Tombstones of rows: service id, data key id, tenant, region, name of the service.
+
+    Raises:
+        StoreUnavailable: one of them is none.
+    """
+    found = []
+    for service_id, key_id, *names in rows:
+        try:
+            tenant, region, name = (check_name(each, "service") for each in names)
+        except ValueError:
+            raise StoreUnavailable(DAMAGED, retryable=False) from None
+        _check_bytes([service_id], SERVICE_ID_BYTES)
+        _check_bytes([key_id], KEY_ID_BYTES)
+        found.append(Buried(Service(tenant, region, name, service_id), key_id))
+    return found
+
+
+class NoKeyStore:
+    """Stands where none was named: a Gateway works without one as long as nobody names a subject."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise InvalidInput(
+            "the data keys of subjects need a key store: make the Gateway with keys= a path or a URL"
+        )
+
+    def forget(self) -> None:
+        """There are no connections."""
+
+    def close(self) -> None:
+        """There is nothing to close."""

@@ -112,7 +112,9 @@ class Leases:
         return None
 
     def forget(self, key_ids: frozenset[bytes]) -> None:
-        """Zero the kept keys of these ids: they were shredded."""
+        """Zero the kept keys of these ids: they were shredded. What is being opened meanwhile is not kept."""
+        with self._lock:
+            self._epoch += 1
         self._drop([place for place in list(self.kept) if place[INLINE_PLACE_BYTES:] in key_ids])
 
     def wipe(self) -> None:

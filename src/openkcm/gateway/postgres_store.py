@@ -21,6 +21,8 @@ from psycopg import Connection, Error, errors
 
 from ..crypto import random_bytes
 from ..errors import StoreUnavailable
+from ..keys import Service
+from ..limits import SERVICE_ID_BYTES
 from .keystore import (
     DAMAGED,
     OVERTAKEN,
@@ -29,7 +31,9 @@ from .keystore import (
     VERSION,
     WHAT,
     WITHOUT_SALT,
+    Buried,
     StoredKey,
+    buried_of,
     checked,
     parts,
 )
@@ -40,8 +44,18 @@ T = TypeVar("T")
 _TRIES: Final = 10
 _PAUSE_SECONDS: Final = 0.02
 
-# In this order: where the second is, the first is too.
+_TOMBSTONES: Final = """
+CREATE TABLE IF NOT EXISTS openkcm_tombstones (
+    service_id BYTEA NOT NULL CHECK (octet_length(service_id) = 12),
+    key_id BYTEA NOT NULL CHECK (octet_length(key_id) = 16),
+    tenant TEXT NOT NULL,
+    region TEXT NOT NULL,
+    service TEXT NOT NULL,
+    PRIMARY KEY (service_id, key_id)
+)"""
+# In this order: where the last is, the others are too.
 _SCHEMA: Final = (
+    _TOMBSTONES,
     """
 CREATE TABLE IF NOT EXISTS openkcm_data_keys (
     service_id BYTEA NOT NULL,
@@ -84,6 +98,19 @@ FROM unnest(%s::bytea[], %s::bigint[], %s::bytea[]) AS fresh (key_id, version, w
 WHERE old.service_id = %s AND old.key_id = fresh.key_id AND old.version <= fresh.version
 """
 _REMOVE: Final = "DELETE FROM openkcm_data_keys WHERE service_id = %s AND key_id = ANY(%s::bytea[])"
+# One statement, and so one transaction.
+_BURY: Final = """
+WITH gone AS (DELETE FROM openkcm_data_keys WHERE service_id = %s AND key_id = ANY(%s::bytea[]) RETURNING key_id)
+INSERT INTO openkcm_tombstones (service_id, key_id, tenant, region, service)
+SELECT %s, fresh.key_id, %s, %s, %s FROM unnest(%s::bytea[]) AS fresh (key_id)
+ON CONFLICT DO NOTHING
+"""
+_BURIED: Final = "SELECT key_id FROM openkcm_tombstones WHERE service_id = %s AND key_id = ANY(%s::bytea[])"
+_PENDING: Final = """
+SELECT service_id, key_id, tenant, region, service FROM openkcm_tombstones
+WHERE (service_id, key_id) > (%s, %s) ORDER BY service_id, key_id LIMIT %s
+"""
+_DELIVERED: Final = "DELETE FROM openkcm_tombstones WHERE service_id = %s AND key_id = ANY(%s::bytea[])"
 _COUNT: Final = "SELECT count(*) FROM openkcm_data_keys WHERE service_id = %s"
 
 
@@ -140,6 +167,30 @@ class PostgresKeyStore:
         for part in parts(sorted(key_ids)):
             self._change(_REMOVE, (service_id, part))
 
+    def bury(self, service: Service, key_ids: Sequence[bytes]) -> None:
+        """As ``remove``, with a tombstone for each id."""
+        self._make_tombstones()
+        for part in parts(sorted(key_ids)):
+            names = (service.tenant, service.region, service.name)
+            self._change(_BURY, (service.service_id, part, service.service_id, *names, part))
+
+    def buried(self, service_id: bytes, key_ids: Sequence[bytes]) -> frozenset[bytes]:
+        """Those of the ids that have a tombstone."""
+        found: set[bytes] = set()
+        for part in parts(sorted(key_ids)):
+            found.update(row[0] for row in self._tombstones(_BURIED, (service_id, part)))
+        return frozenset(found)
+
+    def pending(self, after: bytes, limit: int) -> list[Buried]:
+        """Tombstones in order."""
+        start = (after[:SERVICE_ID_BYTES], after[SERVICE_ID_BYTES:])
+        return buried_of(self._tombstones(_PENDING, (*start, limit)))
+
+    def delivered(self, service_id: bytes, key_ids: Sequence[bytes]) -> None:
+        """Drop tombstones."""
+        for part in parts(sorted(key_ids)):
+            self._change(_DELIVERED, (service_id, part))
+
     def scan(self, service_id: bytes, after: bytes, limit: int) -> list[StoredKey]:
         """Keys in the order of their ids."""
         return checked(self._query(_SCAN, (service_id, after, limit)))
@@ -164,6 +215,19 @@ class PostgresKeyStore:
     def _find(self, query: str, service_id: bytes, values: Sequence[bytes]) -> Iterable[StoredKey]:
         for part in parts(sorted(values)):
             yield from checked(self._query(query, (service_id, part)))
+
+    def _tombstones(self, query: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
+        try:
+            return self._query(query, values, expected=errors.UndefinedTable)
+        except errors.UndefinedTable:
+            return []  # a store of before there were any, and nothing was buried in it yet
+
+    def _make_tombstones(self) -> None:
+        """Make their table in a store that is older than they are; who may not make tables is told so."""
+        try:
+            self._query(_BURIED, (b"", []), expected=errors.UndefinedTable)
+        except errors.UndefinedTable:
+            self._change(_TOMBSTONES, (), again=(errors.UniqueViolation, errors.DuplicateTable))
 
     def _add(self, service_id: bytes, keys: Sequence[StoredKey]) -> Mapping[bytes, StoredKey]:
         counting: dict[bytes, StoredKey] = {}

@@ -17,6 +17,7 @@ from ..envelope import VERSION_OFFSET, fixed_header, payload_aad
 from ..errors import InvalidInput, LimitExceeded, OpenKCMError, SecretMemoryError
 from ..keys import KeyService, Kind, Service, WrappedKeys
 from ..limits import KEY_ID_BYTES, WRAPPED_KEY_BYTES
+from .background import Background
 from .batches import (
     Contexts,
     Errors,
@@ -32,10 +33,10 @@ from .batches import (
     part_of,
     place_failures,
     settle,
+    subjects_of,
 )
 from .column_opener import ColumnOpener
 from .columns import ColumnSealer
-from .errands import Errands
 from .keystore import KeyStore
 from .leases import Leases
 from .opener import Opener
@@ -58,7 +59,7 @@ class ServiceHandle:
         service: Service,
         policy: DataKeyPolicy,
         pool: PoolPolicy,
-        errands: Errands | None = None,
+        background: Background,
     ) -> None:
         # Its Gateway hears of kills for it, and so must live as long as the handle does.
         self._owner = owner
@@ -66,9 +67,9 @@ class ServiceHandle:
         self._service = service
         self._policy = policy
         self._pool_policy = pool
-        self._errands = errands
+        self._background = background
         self._leases = Leases(core, service)
-        self._subjects = SubjectKeys(core, store, service, self._leases)
+        self._subjects = SubjectKeys(core, store, service, self._leases, background.delivery)
         self._inline = _cipher(Kind.INLINE, service, WRAPPED_KEY_BYTES)
         self._stored = _cipher(Kind.STORED, service, KEY_ID_BYTES)
         self._opener = Opener(service, self._leases, self._subjects, self._inline, self._stored)
@@ -182,7 +183,7 @@ class ServiceHandle:
         in_place = check_errors(errors)
         items = as_list(records)
         each = None if contexts is None else as_list(contexts)
-        names = _subjects(subject, subjects, len(items))
+        names = subjects_of(subject, subjects, len(items))
         try:
             return self._encrypt_all(items, encode_contexts(context, each, len(items)), names)
         except OpenKCMError as error:
@@ -473,7 +474,8 @@ class ServiceHandle:
 
     def after_fork(self) -> None:
         """Start without keys and with fresh locks; what waited belongs to the parent."""
-        self._pool = Pool(self._core, self._service, self._pool_policy, self._errands)
+        background = self._background
+        self._pool = Pool(self._core, self._service, self._pool_policy, background.refills)
         self._shared = SharedKeys(self._pool, self._policy)
         self._running = RunningStreams(self._core, self._service)
         self._subjects.after_fork()
@@ -490,14 +492,3 @@ class ServiceHandle:
 def _cipher(kind: Kind, service: Service, middle_bytes: int) -> RecordCipher:
     head = fixed_header(kind, service.service_id, 0 if kind.stored else 1)[:VERSION_OFFSET]
     return RecordCipher(head, middle_bytes, kind.stored, payload_aad(kind, service.service_id))
-
-
-def _subjects(subject: str | None, subjects: Sequence[str] | None, count: int) -> list[str] | None:
-    if subjects is None:
-        return None if subject is None else [subject]
-    if subject is not None:
-        raise InvalidInput("give subject= for all records or subjects= for each, not both")
-    names = as_list(subjects)
-    if len(names) != count:
-        raise InvalidInput(f"there are {count} records and {len(names)} subjects")
-    return names

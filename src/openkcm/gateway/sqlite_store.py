@@ -19,9 +19,20 @@ from typing import Final, NamedTuple
 
 from ..crypto import random_bytes
 from ..errors import StoreUnavailable
-from ..limits import KEY_ID_BYTES, SUBJECT_HASH_BYTES, WRAPPED_KEY_BYTES
+from ..keys import Service
+from ..limits import KEY_ID_BYTES, SERVICE_ID_BYTES, SUBJECT_HASH_BYTES, WRAPPED_KEY_BYTES
 from ..sqlite import BUSY_SECONDS, PRAGMAS, close_before_fork, store_error
-from .keystore import DAMAGED, SALT_BYTES, VERSION, WHAT, WITHOUT_SALT, StoredKey, checked
+from .keystore import (
+    DAMAGED,
+    SALT_BYTES,
+    VERSION,
+    WHAT,
+    WITHOUT_SALT,
+    Buried,
+    StoredKey,
+    buried_of,
+    checked,
+)
 
 _MANY: Final = 1000
 _ID: Final = itemgetter(0)
@@ -42,6 +53,14 @@ CREATE TABLE IF NOT EXISTS data_keys (
     created_at TEXT NOT NULL,
     PRIMARY KEY (service_id, key_id),
     UNIQUE (service_id, subject)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS tombstones (
+    service_id BLOB NOT NULL,
+    key_id BLOB NOT NULL,
+    tenant TEXT NOT NULL,
+    region TEXT NOT NULL,
+    service TEXT NOT NULL,
+    PRIMARY KEY (service_id, key_id)
 ) WITHOUT ROWID;
 """
 
@@ -109,12 +128,46 @@ class SQLiteKeyStore:
     def remove(self, service_id: bytes, key_ids: Iterable[bytes]) -> None:
         """Delete keys; the write-ahead log is folded in at once so that no copy is left there."""
         with self._write() as connection:
+            _delete(connection, service_id, key_ids)
+        self._fold_in()
+
+    def bury(self, service: Service, key_ids: Sequence[bytes]) -> None:
+        """As ``remove``, with a tombstone for each id."""
+        names = (service.tenant, service.region, service.name)
+        with self._write() as connection:
+            _delete(connection, service.service_id, key_ids)
             connection.executemany(
-                "DELETE FROM data_keys WHERE service_id = ? AND key_id = ?",
+                "INSERT INTO tombstones VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+                [(service.service_id, key_id, *names) for key_id in key_ids],
+            )
+        self._fold_in()
+
+    def buried(self, service_id: bytes, key_ids: Sequence[bytes]) -> frozenset[bytes]:
+        """Those of the ids that have a tombstone."""
+        query = "SELECT 1 FROM tombstones WHERE service_id = ? AND key_id = ?"
+        with self._use() as connection:
+            return frozenset(
+                each for each in key_ids if connection.execute(query, (service_id, each)).fetchone()
+            )
+
+    def pending(self, after: bytes, limit: int) -> list[Buried]:
+        """Tombstones in order."""
+        start = (after[:SERVICE_ID_BYTES], after[SERVICE_ID_BYTES:])
+        with self._use() as connection:
+            rows = connection.execute(
+                "SELECT service_id, key_id, tenant, region, service FROM tombstones "
+                "WHERE (service_id, key_id) > (?, ?) ORDER BY service_id, key_id LIMIT ?",
+                (*start, limit),
+            )
+            return buried_of(rows.fetchall())
+
+    def delivered(self, service_id: bytes, key_ids: Sequence[bytes]) -> None:
+        """Drop tombstones."""
+        with self._write() as connection:
+            connection.executemany(
+                "DELETE FROM tombstones WHERE service_id = ? AND key_id = ?",
                 [(service_id, key_id) for key_id in key_ids],
             )
-        with self._use() as connection:
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def scan(self, service_id: bytes, after: bytes, limit: int) -> list[StoredKey]:
         """Keys in the order of their ids."""
@@ -157,6 +210,10 @@ class SQLiteKeyStore:
                 self._connection.close()
                 self._connection = None
 
+    def _fold_in(self) -> None:
+        with self._use() as connection:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
     @contextmanager
     def _use(self) -> Iterator[sqlite3.Connection]:
         try:
@@ -182,6 +239,13 @@ class SQLiteKeyStore:
                 raise
 
 
+def _delete(connection: sqlite3.Connection, service_id: bytes, key_ids: Iterable[bytes]) -> None:
+    connection.executemany(
+        "DELETE FROM data_keys WHERE service_id = ? AND key_id = ?",
+        [(service_id, key_id) for key_id in key_ids],
+    )
+
+
 def _connect(path: Path) -> sqlite3.Connection:
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
@@ -195,7 +259,7 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _prepare(connection: sqlite3.Connection) -> bytes:
-    """Make the tables of an empty file; returns the salt."""
+    """Make the tables that a file has not, an older one the last; returns the salt."""
     connection.execute("BEGIN IMMEDIATE")
     try:
         for statement in _SCHEMA.split(";")[:-1]:

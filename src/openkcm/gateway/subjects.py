@@ -18,9 +18,10 @@ from typing import Final
 
 from .. import crypto
 from ..crypto import SecretKeys
-from ..errors import DecryptError, KeyDestroyed, OpenKCMError, StoreUnavailable
+from ..errors import CoreUnavailable, DecryptError, KeyDestroyed, OpenKCMError, StoreUnavailable
 from ..keys import KeyService, Kind, Service, WrappedKeys, check_subject
 from ..limits import KEY_ID_BYTES, MAX_KEYS_PER_CALL, MAX_SUBJECT_BYTES, WRAPPED_KEY_BYTES
+from .background import Delivery
 from .keystore import KeyStore, StoredKey
 from .leases import Leases
 
@@ -53,10 +54,19 @@ class OpenGroup:
 class SubjectKeys:
     """The named data keys of one service."""
 
-    def __init__(self, core: KeyService, store: KeyStore, service: Service, leases: Leases) -> None:
+    def __init__(
+        self,
+        core: KeyService,
+        store: KeyStore,
+        service: Service,
+        leases: Leases,
+        delivery: Delivery | None = None,
+    ) -> None:
         self._core = core
         self._leases = leases
         self._store = store
+        self._delivery = delivery
+        self._buried: set[bytes] = set()
         self._service = service
         self._lock = threading.Lock()
         self._by_subject: dict[bytes, StoredKey] = {}
@@ -268,7 +278,10 @@ class SubjectKeys:
     def _explain(self, missing: list[tuple[int, bytes]]) -> dict[int, OpenKCMError]:
         if not missing:
             return {}
-        gone = self._core.shredded(self._service, b"".join(key_id for _, key_id in missing))
+        ids = [key_id for _, key_id in missing]
+        gone = frozenset() if self._delivery is None else self._store.buried(self._service.service_id, ids)
+        if len(gone) < len(ids):
+            gone |= self._core.shredded(self._service, b"".join(each for each in ids if each not in gone))
         return {
             at: KeyDestroyed("this subject's data key was shredded; what it encrypted cannot be read again")
             if key_id in gone
@@ -322,14 +335,33 @@ class SubjectKeys:
         return moved
 
     def shred(self, subjects: Sequence[str]) -> int:
-        """Destroy the keys of subjects: tombstones first, then the rows. Returns how many there were."""
+        """Destroy the keys of subjects: tombstones first, then the rows. Returns how many there were.
+
+        Where the Core is far away and does not answer, its tombstones wait in the key store, in the place of the rows.
+        """
         hashes = [self.hash(subject) for subject in subjects]
         ids = [key.key_id for key in self._store.find_subjects(self._service.service_id, hashes).values()]
         if ids:
-            self._core.shred_keys(self._service, b"".join(ids))
+            try:
+                self._core.shred_keys(self._service, b"".join(ids))
+            except CoreUnavailable as error:
+                if self._delivery is None or not error.retryable:
+                    raise
+                self._bury(self._delivery, ids)
+                return len(ids)
             self.forget(ids)
             self._store.remove(self._service.service_id, ids)
         return len(ids)
+
+    def _bury(self, delivery: Delivery, ids: Sequence[bytes]) -> None:
+        """Have keys be destroyed for this Gateway from now on, and for all when the Core has heard of it."""
+        self._store.bury(self._service, ids)
+        with self._lock:
+            # Who has just read one of them must not remember it: for now, the Core would open it.
+            self._buried.update(ids)
+        self.forget(ids)
+        self._leases.forget(frozenset(ids))
+        delivery.wake()
 
     def after_fork(self) -> None:
         """Another thread of the parent may have held the lock."""
@@ -352,6 +384,8 @@ class SubjectKeys:
     def _remember(self, keys: Iterable[StoredKey]) -> None:
         with self._lock:
             for key in keys:
+                if key.key_id in self._buried:
+                    continue
                 self._by_id[key.key_id] = self._by_subject[key.subject] = key
             if len(self._by_id) > CACHED:
                 for key_id in list(islice(self._by_id, len(self._by_id) - CACHED // 2)):

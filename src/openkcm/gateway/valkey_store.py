@@ -13,6 +13,8 @@ What is in the database, all in one slot (the braces), so that a server in clust
 ``{openkcm}:SERVICE:keys``     a hash: data key id to record (subject 32, wrapped 72, version in 10 digits)
 ``{openkcm}:SERVICE:subjects`` a hash: subject to the id of the key that counts
 ``{openkcm}:SERVICE:ids``      the ids, in order, for ``scan``
+``{openkcm}:buried``           tombstones, in order: service id (12) and data key id (16)
+``{openkcm}:names``            a hash: service id to tenant, region and service of tombstones, spaces in between
 =============================  ==============================================================================
 """
 
@@ -26,14 +28,17 @@ from valkey.exceptions import ResponseError, ValkeyError
 
 from ..crypto import random_bytes
 from ..errors import ConfigurationError, StoreUnavailable
-from ..limits import KEY_ID_BYTES, SUBJECT_HASH_BYTES, WRAPPED_KEY_BYTES
+from ..keys import Service
+from ..limits import KEY_ID_BYTES, SERVICE_ID_BYTES, SUBJECT_HASH_BYTES, WRAPPED_KEY_BYTES
 from .keystore import (
     DAMAGED,
     SALT_BYTES,
     VERSION,
     WHAT,
     WITHOUT_SALT,
+    Buried,
     StoredKey,
+    buried_of,
     checked,
     parts,
 )
@@ -99,6 +104,18 @@ for at = 0, #ARGV[1] / {KEY_ID_BYTES} - 1 do
   redis.call('ZREM', KEYS[3], id)
 end
 """
+
+
+# KEYS: those of _REMOVE, the tombstones, the names. ARGV: ids, nothing, service id, names.
+_BURY: Final = f"""
+redis.call('HSET', KEYS[5], ARGV[3], ARGV[4])
+for at = 0, #ARGV[1] / {KEY_ID_BYTES} - 1 do
+  redis.call('ZADD', KEYS[4], 0, ARGV[3] .. string.sub(ARGV[1], at * {KEY_ID_BYTES} + 1, (at + 1) * {KEY_ID_BYTES}))
+end
+{_REMOVE}
+"""
+_BURIED_KEY: Final = b"{openkcm}:buried"
+_NAMES_KEY: Final = b"{openkcm}:names"
 
 
 class ValkeyKeyStore:
@@ -176,6 +193,47 @@ class ValkeyKeyStore:
         packed = [(b"".join(part), b"") for part in parts([*key_ids], _TOGETHER)]
         self._change(_REMOVE, _names(service_id), packed)
 
+    def bury(self, service: Service, key_ids: Sequence[bytes]) -> None:
+        """As ``remove``, with a tombstone for each id."""
+        packed = [(b"".join(part), b"") for part in parts([*key_ids], _TOGETHER)]
+        keys = (*_names(service.service_id), _BURIED_KEY, _NAMES_KEY)
+        names = f"{service.tenant} {service.region} {service.name}".encode()
+        self._change(_BURY, keys, packed, service.service_id, names)
+
+    def buried(self, service_id: bytes, key_ids: Sequence[bytes]) -> frozenset[bytes]:
+        """Those of the ids that have a tombstone."""
+
+        def look(client: Any) -> list[Any]:
+            with client.pipeline(transaction=False) as pipeline:
+                for key_id in key_ids:
+                    pipeline.zscore(_BURIED_KEY, service_id + key_id)
+                return _answers(pipeline)
+
+        scores = self._run(look) if key_ids else []
+        return frozenset(each for each, score in zip(key_ids, scores, strict=True) if score is not None)
+
+    def pending(self, after: bytes, limit: int) -> list[Buried]:
+        """Tombstones in order."""
+        places = self._run(_range(_BURIED_KEY, b"(" + after if after else b"-", limit))
+        known = {place[:SERVICE_ID_BYTES]: b"" for place in places}
+        for service_id, names in zip(known, self._fetch(_NAMES_KEY, [*known]), strict=True):
+            known[service_id] = names or b""
+        # Where the names are lost, no error of the server's is hidden: buried_of says that the store is damaged.
+        return buried_of(
+            (
+                place[:SERVICE_ID_BYTES],
+                place[SERVICE_ID_BYTES:],
+                *known[place[:SERVICE_ID_BYTES]].decode("ascii", "replace").split(" "),
+            )
+            for place in places
+        )
+
+    def delivered(self, service_id: bytes, key_ids: Sequence[bytes]) -> None:
+        """Drop tombstones; the names of their services stay."""
+        places = [service_id + key_id for key_id in key_ids]
+        for part in parts(places, _TOGETHER):
+            self._run(_drop(part))
+
     def scan(self, service_id: bytes, after: bytes, limit: int) -> list[StoredKey]:
         """Keys in the order of their ids."""
         _, _, ids = _names(service_id)
@@ -248,6 +306,10 @@ class ValkeyKeyStore:
 
 def _range(name: bytes, start: bytes, limit: int) -> Callable[[Any], Sequence[bytes]]:
     return lambda client: client.zrangebylex(name, start, b"+", 0, limit)
+
+
+def _drop(places: Sequence[bytes]) -> Callable[[Any], object]:
+    return lambda client: client.zrem(_BURIED_KEY, *places)
 
 
 def _answers(pipeline: Any) -> list[Any]:
