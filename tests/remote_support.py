@@ -12,7 +12,9 @@ import openkcm
 from openkcm.keys import Event
 from openkcm.rpc.client import RemoteCore
 
-ACROSS = frozenset({"find_service", "wrap_keys", "unwrap_keys", "lease", "rewrap_keys", "shred_keys", "shredded", "watch"})
+ACROSS = frozenset(
+    {"find_service", "wrap_keys", "unwrap_keys", "lease", "rewrap_keys", "shred_keys", "shredded", "watch"}
+)
 """What a Gateway asks of a Core."""
 
 TELLING = frozenset({"kill", "restore", "rotate_service", "rotate_tenant", "set_lease"})

@@ -7,11 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-import openkcm
-from openkcm.gateway import ServiceHandle
-from remote_support import FarCore
-from rpc_support import Site
 from test_columns import (  # noqa: F401  # run here, with the fixtures of this module
     test_each_row_has_a_key_and_a_nonce_of_its_own,
     test_policies_hold,
@@ -46,6 +41,10 @@ from test_streams import (  # noqa: F401
     test_streams_outlive_rotation,
 )
 
+import openkcm
+from openkcm.gateway import ServiceHandle
+from remote_support import FarCore
+from rpc_support import Site
 
 
 @pytest.fixture

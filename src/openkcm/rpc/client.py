@@ -30,7 +30,9 @@ from ..errors import (
     FormatError,
     InvalidInput,
     OpenKCMError,
+    RootUnavailable,
     SecretMemoryError,
+    StoreUnavailable,
 )
 from ..keys import Change, Event, Kind, OpenedKeys, Service, WrappedKeys, check_name
 from ..limits import KEY_ID_BYTES, MAX_KEYS_PER_CALL, SERVICE_ID_BYTES
@@ -307,8 +309,15 @@ class RemoteCore:
                     self._endpoints.failed(endpoint)
                     last = error
                     continue
+                except (StoreUnavailable, RootUnavailable) as error:
+                    # This replica lacks what another may still have open.
+                    self._endpoints.answered(endpoint)
+                    last = error
+                    continue
                 self._endpoints.answered(endpoint)
                 return answer
+            if not isinstance(last, CoreUnavailable):
+                break
         raise last or CoreUnavailable("no Core answered in time")
 
     def _pause(self, end: float) -> bool:

@@ -86,7 +86,7 @@ def main() -> None:
     settings = json.loads(sys.stdin.readline())
     application = Application(settings)
     over = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
+    threading.Thread(target=_wait_for_end, args=(over,), daemon=True).start()
     reported = time.monotonic()
     while not over.is_set():
         application.round()
@@ -95,6 +95,11 @@ def main() -> None:
             print(json.dumps(application.report() | {"seconds": now - reported}), flush=True)
             reported = now
         over.wait(PACE_SECONDS)
+
+
+def _wait_for_end(over: threading.Event) -> None:
+    sys.stdin.read()
+    over.set()
 
 
 if __name__ == "__main__":
