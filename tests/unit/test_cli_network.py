@@ -45,6 +45,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 def say(call: Call, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """Run a command for people: what it printed on each stream."""
     monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.delenv("COLUMNS", raising=False)  # a pipe then, whose lines are not folded
 
     def say(*arguments: str) -> tuple[str, str]:
         assert run([*arguments]) == ExitCode.OK
