@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sql
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
 
 import openkcm
 from openkcm.core import schema
@@ -334,6 +336,13 @@ def test_who_migrates_at_once_migrates_once(place: Place) -> None:
     with place.open(create=False) as core:
         assert core.verify_audit() is None
         assert core._vault.store._is_current()
+
+
+def test_the_migrations_make_the_tables_that_the_code_knows(core: openkcm.Core) -> None:
+    with core._vault.store.read() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        found = [each for each in compare_metadata(context, schema.metadata) if each[0] != "remove_table"]
+    assert not found
 
 
 def test_a_newer_schema_is_refused(place: Place, core: openkcm.Core) -> None:

@@ -19,7 +19,10 @@ from postgres_support import Replica, again, is_dark, through, until
 from support import refused
 
 
-def test_an_outage(own_postgres: PostgresServer, open_replica: Callable[..., Replica]) -> None:
+@pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=[pytest.mark.soak, pytest.mark.timeout(600)])])
+def test_an_outage(
+    seconds: float, own_postgres: PostgresServer, open_replica: Callable[..., Replica]
+) -> None:
     url = own_postgres.url()
     first, second = open_replica(url), open_replica(url)
     blob = first.records.encrypt(b"x")
@@ -32,7 +35,7 @@ def test_an_outage(own_postgres: PostgresServer, open_replica: Callable[..., Rep
         refused(lambda each=each: each.decrypt(gone), KeyDestroyed)  # type: ignore[misc]
     _settle(first, second)
     own_postgres.kill()
-    ends = time.monotonic() + 3
+    ends = time.monotonic() + seconds
     while time.monotonic() < ends:
         for each in handles:
             assert each.decrypt(blob) == b"x"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -24,7 +25,7 @@ from openkcm.postgres import Address, store_error
 from openkcm.testing.https import make_certificate
 from openkcm.testing.postgres import PostgresServer
 from postgres_support import Replica, again, is_dark, until
-from support import refused, without_threads
+from support import refused, run_python, without_threads
 
 # ---- replicas tell each other --------------------------------------------------------------------------------
 
@@ -220,19 +221,60 @@ def test_more_threads_than_connections(postgres_url: str, open_replica: Callable
 
 
 @pytest.mark.parametrize("listen", ["on", "off"])
-def test_a_core_that_nobody_holds_ends_its_thread(listen: str, postgres_url: str, tmp_path: Path) -> None:
-    core = without_threads(
+def test_a_core_that_nobody_holds_ends_its_thread_and_connections(
+    listen: str, postgres_server: PostgresServer, postgres_url: str, tmp_path: Path
+) -> None:
+    core: openkcm.Core | None = without_threads(
         openkcm.Core.open(
             f"{postgres_url}?listen={listen}", seal=tmp_path / "s", create=True, poll_interval=0.05
         )
     )
+    assert core is not None
     core._vault.store.data_version()
     thread = core._vault.store._news._thread  # type: ignore[attr-defined]
     assert thread.is_alive()
-    core._vault.store.close()
-    assert not thread.is_alive()
+    core = None
+    gc.collect()
+    until(lambda: not thread.is_alive())
+    name = postgres_url.rpartition("/")[2]
+    until(lambda: not postgres_server.run(f"SELECT 1 FROM pg_stat_activity WHERE datname = '{name}'"))
+
+
+def test_grace_is_longer_than_a_poll(postgres_url: str, tmp_path: Path) -> None:
+    for grace in (-1, 0, 0.9, 3601):
+        with pytest.raises(InvalidInput, match="store_grace"):
+            openkcm.Core.open(postgres_url, seal=tmp_path / "s", create=True, store_grace=grace)
+
+
+FORKER = """
+import os, sys, openkcm
+with openkcm.Core.open(sys.argv[1], seal=sys.argv[2], poll_interval=0.05) as core:
+    def backends():
+        with core._vault.store.read() as connection:
+            found = connection.exec_driver_sql(
+                "SELECT pid FROM pg_stat_activity WHERE datname = current_database() ORDER BY pid"
+            )
+            return found.scalars().all()
     core._vault.store.data_version()
-    core.close()
+    while len(backends()) < 2:  # the pool's, and the one that listens
+        pass
+    before = backends()
+    child = os.fork()
+    if not child:
+        assert not set(backends()) <= set(before)  # a connection of its own
+        core._vault.store.data_version()
+        core.close()
+        sys.exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    while len(backends()) > 2:
+        pass
+    assert backends() == before, (before, backends())
+"""
+
+
+def test_a_forked_child_says_nothing_on_its_parents_connections(postgres_url: str, tmp_path: Path) -> None:
+    openkcm.Core.open(postgres_url, seal=tmp_path / "s", create=True).close()
+    run_python(FORKER, postgres_url, str(tmp_path / "s"))
 
 
 def test_a_seal_file_has_to_be_named(postgres_url: str) -> None:

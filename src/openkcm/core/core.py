@@ -95,8 +95,8 @@ class Core(Access):
             probe_interval: seconds between two questions to the root of a tenant in use, 0.1 to 3600; a root that
                 says no is noticed so much later at most, and one second.
             grace: seconds for which a root that does not answer is put up with, 0 to 3600.
-            store_grace: seconds for which open keys are used while a database server does not answer, 0 to 3600:
-                what others changed, a kill among it, is not seen in that time. A file is read at each use.
+            store_grace: seconds for which open keys are used while a database server does not answer, from four poll
+                intervals to 3600: what others changed, a kill among it, is not seen in that time.
             create: whether to make a vault where there is none; by default only where the store is a file.
             clock: seconds that only ever grow; another one than the machine's is for tests.
 
@@ -113,6 +113,10 @@ class Core(Access):
         if not (0 <= grace <= MAX_GRACE and 0 <= store_grace <= MAX_GRACE):
             raise InvalidInput("grace and store_grace are 0 to 3600 seconds")
         store = open_store(url, poll_interval=poll_interval)
+        if not store.implicit and store_grace < 4 * poll_interval:
+            raise InvalidInput(
+                "store_grace is at least four poll_intervals, so that none is taken for an outage"
+            )
         seal_path = Path(seal) if seal is not None else store.default_seal
         if seal_path is None:
             raise ConfigurationError(

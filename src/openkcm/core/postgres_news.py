@@ -161,6 +161,8 @@ def _follow(reference: weakref.ref[News], bell: int) -> None:
             try:
                 link = link or news.connect()
                 news.step(link)
+                if failing:
+                    logger.warning("%s answers again", WHAT)
                 failing, pause = False, news.interval
             except Exception as error:
                 if not failing:  # once for each outage

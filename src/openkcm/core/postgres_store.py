@@ -20,6 +20,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -111,6 +112,8 @@ class PostgresStore(Store):
                 sql.event.listen(engine, "checkout", _patient)
                 sql.event.listen(engine, "checkin", _impatient)
                 self._engine = engine
+                # A store that nobody holds any more, and that nobody closed, keeps no connections open either.
+                weakref.finalize(self, _dispose, engine, os.getpid())
             return self._engine
 
     @contextmanager
@@ -268,6 +271,11 @@ class PostgresStore(Store):
         """In a forked child: new connections, the parent's being left alone."""
         _inherited.extend([self._engine, self._news])
         self._begin()
+
+
+def _dispose(engine: Engine, process: int) -> None:
+    if os.getpid() == process:  # and not in a forked child
+        engine.dispose()
 
 
 def _lock(connection: Connection) -> None:
