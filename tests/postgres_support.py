@@ -52,6 +52,16 @@ def until(done: Callable[[], bool], seconds: float = 20) -> float:
     return time.monotonic() - started
 
 
+def tls_server(certificate: Path) -> PostgresServer:
+    """A server that offers TLS; the test is skipped, and says so, where PostgreSQL was built without it."""
+    try:
+        return PostgresServer(certificate=certificate)
+    except RuntimeError as error:
+        if "SSL is not supported" in str(error):
+            pytest.skip("this PostgreSQL was built without TLS: apt-get install postgresql")
+        raise
+
+
 class Replica:
     """A Core on the shared database with its Gateway, as a process of its own would have them."""
 

@@ -16,6 +16,7 @@ import pytest
 
 from openkcm.testing.https import make_certificate
 from openkcm.testing.postgres import PostgresServer, find_programs
+from postgres_support import tls_server
 
 
 def _insert(url: str) -> None:
@@ -73,7 +74,7 @@ def test_each_database_is_its_own(postgres_server: PostgresServer) -> None:
 
 
 def test_tls_is_verified_to_the_host(tmp_path: Path) -> None:
-    with PostgresServer(certificate=make_certificate(tmp_path)) as server:
+    with tls_server(make_certificate(tmp_path)) as server:
         url = server.url(sslmode="verify-full", sslrootcert=str(tmp_path / "authority.pem"))
         with psycopg.connect(url) as connection:
             assert connection.pgconn.ssl_in_use
@@ -115,6 +116,7 @@ def test_closing_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENKCM_TEST_POSTGRES", raising=False)
     monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(()))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="apt-get install postgresql"):

