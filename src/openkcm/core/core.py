@@ -106,12 +106,7 @@ class Core(Access):
             ConfigurationError: there is no vault, or it is another region's; or a server's vault has no ``seal``.
             InvalidInput: the URL is not one of a store, or a number of seconds is out of its range.
         """
-        if not poll_interval > 0:
-            raise InvalidInput("poll_interval is a number of seconds above zero")
-        if not MIN_PROBE <= probe_interval <= MAX_PROBE:
-            raise InvalidInput("probe_interval is 0.1 to 3600 seconds")
-        if not (0 <= grace <= MAX_GRACE and 0 <= store_grace <= MAX_GRACE):
-            raise InvalidInput("grace and store_grace are 0 to 3600 seconds")
+        _check_seconds(poll_interval, probe_interval, grace, store_grace)
         store = open_store(url, poll_interval=poll_interval)
         if not store.implicit and store_grace < 4 * poll_interval:
             raise InvalidInput(
@@ -124,14 +119,7 @@ class Core(Access):
             )
         vault = Vault(store, seal_path, clock, probe_interval, grace, store_grace)
         try:
-            if not store.exists():
-                if not (store.implicit if create is None else create):
-                    raise ConfigurationError(
-                        f"there is no vault in {store.place}; 'openkcm init' makes one, or Core.open(create=True)"
-                    )
-                initialise(vault, check_name(region or "local", "region"), utc_now())
-            vault.region = open_existing(vault, region, utc_now())
-            return cls(vault, vault.region, poll_interval)
+            return cls(vault, _unlock(vault, region, create), poll_interval)
         except BaseException:
             vault.close()
             raise
@@ -453,6 +441,28 @@ class Core(Access):
     def _know_data_keys(self) -> None:
         self._tombstones = tombstones.Tombstones(self._vault.store)
         self._data_keys = DataKeys(self._vault, self._tombstones)
+
+
+def _check_seconds(poll_interval: float, probe_interval: float, grace: float, store_grace: float) -> None:
+    if not poll_interval > 0:
+        raise InvalidInput("poll_interval is a number of seconds above zero")
+    if not MIN_PROBE <= probe_interval <= MAX_PROBE:
+        raise InvalidInput("probe_interval is 0.1 to 3600 seconds")
+    if not (0 <= grace <= MAX_GRACE and 0 <= store_grace <= MAX_GRACE):
+        raise InvalidInput("grace and store_grace are 0 to 3600 seconds")
+
+
+def _unlock(vault: Vault, region: str | None, create: bool | None) -> str:
+    """Check the vault, or make it where there is none; returns its region."""
+    store = vault.store
+    if not store.exists():
+        if not (store.implicit if create is None else create):
+            raise ConfigurationError(
+                f"there is no vault in {store.place}; 'openkcm init' makes one, or Core.open(create=True)"
+            )
+        initialise(vault, check_name(region or "local", "region"), utc_now())
+    vault.region = open_existing(vault, region, utc_now())
+    return vault.region
 
 
 def _watch(core: Core) -> float:
