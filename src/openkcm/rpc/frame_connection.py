@@ -50,7 +50,7 @@ class Connection:
         self.reader = frames.Reader()
         self.peer: Peer | None = None
         self.frame: Frame | None = None
-        self.out: bytes | None = None
+        self.out: list[frames.Part] = []
         self.stream: Stream | None = None
         self.until = 0.0
         self.counted = 0

@@ -128,6 +128,7 @@ class Link:
     def close(self) -> None:
         """Close it."""
         self._ended = True
+        self._reader.close()
         sock, self._sock = self._sock, None
         if sock is not None:
             sock.close()
@@ -152,7 +153,7 @@ class Link:
         self._call = call = self._call % 0xFFFF_FFFF + 1
         seconds = _left(until)
         sock.settimeout(seconds)
-        sock.sendall(frames.pack_request(method, call, seconds, request))
+        frames.send(sock, frames.request_parts(method, call, seconds, request))
         return sock, call
 
     def _greet(self, sock: ssl.SSLSocket, until: float) -> None:

@@ -280,7 +280,7 @@ class FrameServer:
         except ssl.SSLWantWriteError:
             self._park(connection, _WRITE)
         except FormatError as error:
-            connection.out = frames.pack_reply(frames.FAILURE, 0, wire.failure_of(error).SerializeToString())
+            connection.out = frames.reply_parts(frames.FAILURE, 0, wire.failure_of(error).SerializeToString())
             self._say_last(connection)
         except Refused as refused:
             self._denials.note(refused.identity, f"a connection with {refused}", connection.address)
@@ -312,14 +312,14 @@ class FrameServer:
             connection.sock.settimeout(LINGER_SECONDS if lingers else 0)
             return self._converse(connection, frame)
         except TimeoutError:
-            raise ssl.SSLWantWriteError if connection.out is not None else ssl.SSLWantReadError from None
+            raise ssl.SSLWantWriteError if connection.out else ssl.SSLWantReadError from None
         finally:
             if lingers:
                 self._lingering.release()
 
     def _converse(self, connection: Connection, frame: Frame | None) -> Connection | None:
         while True:
-            if connection.out is not None:
+            if connection.out:
                 self._flush(connection)
             if frame is None:
                 frame = connection.reader.read(connection.sock, time.monotonic() + LINGER_SECONDS)
@@ -328,7 +328,7 @@ class FrameServer:
                     self._close(connection)
                     return None
                 if not self._let_through(connection, frame):
-                    if connection.out is None:
+                    if not connection.out:
                         return None  # it waits for its turn, or is a stream now
                     frame = None
                     continue
@@ -350,7 +350,7 @@ class FrameServer:
     def _let_through(self, connection: Connection, frame: Frame) -> bool:
         """Whether a frame is a request that is to be carried out now, by us."""
         if frame.type == frames.PING:
-            connection.out = frames.pack_reply(frames.PONG, frame.call, b"")
+            connection.out = frames.reply_parts(frames.PONG, frame.call, b"")
             return False
         if frame.type != frames.REQUEST:
             raise FormatError("only requests go to a Core")
@@ -372,7 +372,7 @@ class FrameServer:
             if time.monotonic() > connection.until:
                 raise CoreUnavailable("this Core did not get to it in time")
             reply = self._handlers.call(frames.METHODS[frame.method - 1], peer, frame.payload)
-            connection.out = frames.pack_reply(frames.REPLY, frame.call, reply)
+            connection.out = frames.reply_parts(frames.REPLY, frame.call, reply)
         except Exception as error:
             self._fail(connection, frame, error)
 
@@ -380,14 +380,11 @@ class FrameServer:
         failure = wire.failure_of(error)
         if isinstance(error, CoreUnavailable):
             failure.message = str(error)  # our own words, with no secret of this machine's in them
-        connection.out = frames.pack_reply(frames.FAILURE, frame.call, failure.SerializeToString())
+        connection.out = frames.reply_parts(frames.FAILURE, frame.call, failure.SerializeToString())
 
     def _flush(self, connection: Connection) -> None:
-        out = connection.out
-        while out:
-            sent = connection.sock.send(out)
-            out = connection.out = out[sent:]
-        connection.out = connection.deadline = None
+        frames.send(connection.sock, connection.out)
+        connection.deadline = None
 
     # ---- a connection's beginning and end ------------------------------------------------------------
 
@@ -402,12 +399,12 @@ class FrameServer:
             identity = peer.identity
             self._handlers.check_peer(peer)
         except AccessDenied as error:
-            connection.out = frames.pack_reply(frames.FAILURE, 0, wire.failure_of(error).SerializeToString())
+            connection.out = frames.reply_parts(frames.FAILURE, 0, wire.failure_of(error).SerializeToString())
             raise Refused("a certificate that is not accepted", identity) from None
         with self._lock:
             self._shaking.pop(sock.fileno(), None)
         connection.peer = dataclasses.replace(peer, address=connection.address)
-        connection.out = frames.pack_reply(frames.HELLO, 0, b"")
+        connection.out = frames.reply_parts(frames.HELLO, 0, b"")
         connection.deadline = None
 
     def _begin_stream(self, connection: Connection, frame: Frame) -> bool:
@@ -432,7 +429,7 @@ class FrameServer:
         held = connection.reader.held
         if connection.peer is None:
             pass  # the handshake's deadline stands
-        elif connection.out is not None or held:
+        elif connection.out or held:
             if connection.deadline is None:
                 connection.deadline = time.monotonic() + self._bounds.frame_seconds
         elif self._draining:
@@ -462,6 +459,7 @@ class FrameServer:
     def _close(self, connection: Connection) -> None:
         if connection.stream is not None:
             self._pump.end(connection.stream)
+        connection.reader.close()
         if connection.counted:
             self._count(connection, 0)
         fd = connection.sock.fileno()

@@ -58,7 +58,7 @@ class Stream:
         self.peer = peer
         self.call = call
         self.lock = threading.Lock()
-        self.out: bytes | None = None
+        self.out: list[frames.Part] = []
         self.since = 0.0
         self.ended = False
         self.subscriber: Subscriber | None = None
@@ -177,7 +177,7 @@ class Pump:
                     kind, payload = frames.ITEM, reply.SerializeToString()
             except AccessDenied as error:
                 kind, payload = frames.FAILURE, wire.failure_of(error).SerializeToString()
-            stream.out, stream.since = frames.pack_reply(kind, stream.call, payload), time.monotonic()
+            stream.out, stream.since = frames.reply_parts(kind, stream.call, payload), time.monotonic()
             self._flush(stream)
             if kind != frames.ITEM:
                 socket.socket.shutdown(stream.carrier.sock, socket.SHUT_RDWR)
@@ -185,11 +185,9 @@ class Pump:
     def _flush(self, stream: Stream) -> bool:
         """Send what is left of the last reply; False while its reader does not take it."""
         try:
-            while stream.out:
-                stream.out = stream.out[stream.carrier.sock.send(stream.out) :]
+            frames.send(stream.carrier.sock, stream.out)
         except ssl.SSLWantWriteError:
             if time.monotonic() - stream.since > STALL_SECONDS:
                 stream.carrier.end()
             return False
-        stream.out = None
         return True

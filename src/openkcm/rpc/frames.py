@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import ssl
 import struct
+import threading
 import time
 from collections.abc import Callable
 from typing import Final, NamedTuple
@@ -52,6 +53,9 @@ HEADER_BYTES: Final = _HEADER.size
 
 RECORD_BYTES: Final = 16 * 1024
 """The largest plaintext of a TLS record (RFC 8446, section 5.1), which is what one read yields at the most."""
+
+Part = bytes | memoryview
+"""Part of a frame, to be sent."""
 
 PEM = tuple[bytes, bytes, bytes]
 """A private key, its certificate's chain and the roots that the other end's must come from, each in PEM."""
@@ -104,30 +108,64 @@ def check(length: int, kind: int, method: int, call: int, millis: int) -> None:
         raise FormatError("only a request has a method and a deadline")
 
 
-def pack(frame: Frame) -> bytes:
-    """A frame's bytes.
-
-    Raises:
-        FormatError: it is none.
-    """
-    kind, method, call, millis, payload = frame
-    check(len(payload), kind, method, call, millis)
-    return _HEADER.pack(len(payload), kind, method, call, millis) + payload
+def reply_parts(kind: int, call: int, payload: bytes) -> list[Part]:
+    """The parts of a frame that goes back, to be sent one after the other; its callers keep to the rules."""
+    return _parts(_HEADER.pack(len(payload), kind, 0, call, 0), payload)
 
 
-def pack_reply(kind: int, call: int, payload: bytes) -> bytes:
-    """As ``pack``, for what goes back; its callers keep to the rules."""
-    return _HEADER.pack(len(payload), kind, 0, call, 0) + payload
-
-
-def pack_request(method: int, call: int, seconds: float, payload: bytes) -> bytes:
-    """As ``pack``, for a call that has so many seconds left; of no method, a ping."""
+def request_parts(method: int, call: int, seconds: float, payload: bytes) -> list[Part]:
+    """The parts of a request for a call that has so many seconds left; of no method, a ping."""
     if method == NO_METHOD:
-        return pack_reply(PING, call, payload)
-    if method == WATCH:
-        return _HEADER.pack(len(payload), REQUEST, method, call, 0) + payload
-    millis = min(max(int(seconds * 1000), 1), LONGEST_MILLIS)
-    return _HEADER.pack(len(payload), REQUEST, method, call, millis) + payload
+        return reply_parts(PING, call, payload)
+    millis = 0 if method == WATCH else min(max(int(seconds * 1000), 1), LONGEST_MILLIS)
+    return _parts(_HEADER.pack(len(payload), REQUEST, method, call, millis), payload)
+
+
+def _parts(header: bytes, payload: bytes) -> list[Part]:
+    # A full first record, and the rest as it lies: a new megabyte costs more than to encrypt it.
+    first = RECORD_BYTES - HEADER_BYTES
+    if len(payload) <= first:
+        return [header + payload]
+    view = memoryview(payload)
+    return [header + view[:first], view[first:]]
+
+
+def send(sock: ssl.SSLSocket, parts: list[Part]) -> None:
+    """Send parts and take them from the list; where the socket does not wait, what was not sent is left in it."""
+    while parts:
+        part = parts[0]
+        sent = sock.send(part)
+        if sent == len(part):
+            del parts[0]
+        else:
+            parts[0] = memoryview(part)[sent:]
+
+
+class _Buffers:
+    """Memory that frames of more than a record are read into, used again and again, since fresh memory is slow."""
+
+    def __init__(self, most: int) -> None:
+        self._left = most
+        self._free: list[bytearray] = []
+        self._lock = threading.Lock()
+
+    def take(self) -> bytearray | None:
+        """One of the buffers, or None when all are in use."""
+        with self._lock:
+            if self._free:
+                return self._free.pop()
+            if not self._left:
+                return None
+            self._left -= 1
+        return bytearray(MAX_MESSAGE_BYTES)
+
+    def give(self, buffer: bytearray) -> None:
+        """Give one back."""
+        with self._lock:
+            self._free.append(buffer)
+
+
+_buffers: Final = _Buffers(16)
 
 
 class Reader:
@@ -137,13 +175,14 @@ class Reader:
     raises what the socket does and goes on where it was at the next call.
     """
 
-    __slots__ = ("_frame", "_left", "_parts", "held")
+    __slots__ = ("_buffer", "_frame", "_left", "_parts", "held")
 
     def __init__(self) -> None:
         self.held = 0
         self._frame: Frame | None = None
         self._parts: list[bytes] = []
         self._left = HEADER_BYTES
+        self._buffer: bytearray | None = None
 
     def read(self, sock: ssl.SSLSocket, until: float | None = None) -> Frame | None:
         """The next frame; None where the connection ended between two frames.
@@ -167,11 +206,20 @@ class Reader:
                 self._left, self.held = HEADER_BYTES, 0
                 return frame
             self._frame, self._left, self.held = frame, length, HEADER_BYTES
-        payload = self._take(sock, until)
+            if length > RECORD_BYTES:
+                self._buffer = _buffers.take()
+        payload = self._take(sock, until) if self._buffer is None else self._fill(sock, until, self._buffer)
         if payload is None:
             raise ConnectionError("the connection ended within a frame")
         frame, self._frame, self._left, self.held = self._frame, None, HEADER_BYTES, 0
         return frame._replace(payload=payload)
+
+    def close(self) -> None:
+        """Give up what was read of a frame."""
+        self._parts.clear()
+        buffer, self._buffer = self._buffer, None
+        if buffer is not None:
+            _buffers.give(buffer)
 
     def _take(self, sock: ssl.SSLSocket, until: float | None) -> bytes | None:
         """What is left of the header or payload, joined with what came of it before."""
@@ -192,8 +240,31 @@ class Reader:
                 return whole
             self._left = left
             self.held += len(part)
-            if until is not None and time.monotonic() > until and not sock.pending():
-                raise TimeoutError("a frame comes in pieces")
+            _check_time(sock, until)
+
+    def _fill(self, sock: ssl.SSLSocket, until: float | None, buffer: bytearray) -> bytes:
+        """As ``_take`` for a payload of many records, by way of a buffer."""
+        view = memoryview(buffer)
+        at = self.held - HEADER_BYTES
+        end = at + self._left
+        while at < end:
+            got = sock.recv_into(view[at:end])
+            if not got:
+                raise ConnectionError("the connection ended within a frame")
+            at += got
+            self._left = end - at
+            self.held += got
+            if at < end:
+                _check_time(sock, until)
+        payload = bytes(view[:end])
+        self.close()
+        return payload
+
+
+def _check_time(sock: ssl.SSLSocket, until: float | None) -> None:
+    # What is decrypted already is no reason to stop, and nothing would tell that it is there.
+    if until is not None and time.monotonic() > until and not sock.pending():
+        raise TimeoutError("a frame comes in pieces")
 
 
 # ---- TLS ---------------------------------------------------------------------------------------------
