@@ -89,9 +89,7 @@ def read(sock: Any, reader: frames.Reader) -> frames.Frame | None:
 
 
 def serialised(found: frames.Frame) -> bytes:
-    return frame(
-        found.type, method=found.method, call=found.call, millis=found.millis, payload=found.payload
-    )
+    return frame(found.type, method=found.method, call=found.call, millis=found.millis, payload=found.payload)
 
 
 def test_the_methods_are_those_of_the_proto_in_its_order() -> None:
@@ -101,7 +99,9 @@ def test_the_methods_are_those_of_the_proto_in_its_order() -> None:
 
 @pytest.mark.parametrize("cuts", [(2**30,), (1,), (13, 1, 7000), (16384,)])
 @pytest.mark.parametrize("waits", [False, True])
-def test_what_was_parsed_serialises_to_the_same_bytes_however_it_came(cuts: tuple[int, ...], waits: bool) -> None:
+def test_what_was_parsed_serialises_to_the_same_bytes_however_it_came(
+    cuts: tuple[int, ...], waits: bool
+) -> None:
     valid = VALID if cuts != (1,) else [each for each in VALID if len(each) < 200_000]
     sock, reader = Pieces(b"".join(valid), cuts, waits), frames.Reader()
     for each in valid:

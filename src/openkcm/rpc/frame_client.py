@@ -60,6 +60,7 @@ class FrameTransport:
         self._changed = threading.Condition(threading.Lock())
         self._idle: list[Link] = []
         self._links: set[Link] = set()
+        self._streams: weakref.WeakSet[FrameStream] = weakref.WeakSet()
         self._count = 0
         self._waiting = 0
 
@@ -92,11 +93,15 @@ class FrameTransport:
 
     def stream(self, method: str, request: bytes) -> FrameStream:
         """As ``Transport.stream``; connects when the first reply is asked for."""
-        return FrameStream(self, frames.NUMBERS[method], request)
+        stream = FrameStream(self, frames.NUMBERS[method], request)
+        self._streams.add(stream)
+        return stream
 
     def close(self) -> None:
         """As ``Transport.close``."""
         self._closed = True
+        for stream in list(self._streams):
+            stream.cancel()
         self._drop_idle()
         with self._changed:
             for each in self._links:
