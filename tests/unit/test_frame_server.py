@@ -24,6 +24,7 @@ from openkcm.pki import DevelopmentCA
 from openkcm.rpc import frames, wire
 from openkcm.rpc import keys_pb2 as pb
 from openkcm.rpc.frame_client import FrameTransport
+from openkcm.rpc.streams import HEARTBEAT_SECONDS
 from support import refused
 
 
@@ -467,6 +468,20 @@ def test_streams_are_told_at_once_and_have_a_heartbeat(place: Place) -> None:
             stream.cancel()
         eventually(lambda: len(place.handlers.dropped) == 30)
         assert threading.active_count() < 30 + 20
+
+
+def test_a_new_stream_is_told_before_the_next_heartbeat_of_others(place: Place) -> None:
+    with place.serve() as server, contextlib.closing(place.connect(server.port)) as client:
+        first = client.stream("Watch", b"")
+        next(first)
+        times = []
+        for _ in range(10):
+            stream = client.stream("Watch", b"")
+            start = time.monotonic()
+            next(stream)
+            times.append(time.monotonic() - start)
+            stream.cancel()
+        assert min(times) < HEARTBEAT_SECONDS / 2
 
 
 def test_a_stream_whose_source_ends_ends(place: Place) -> None:

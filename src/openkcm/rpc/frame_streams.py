@@ -79,7 +79,6 @@ class Pump:
         self._woken: dict[Stream, None] = {}
         # All wait equally long, so that who was appended first is due first.
         self._beats: deque[tuple[float, Stream]] = deque()
-        self._count = 0
         self._stopped = False
         self._thread: threading.Thread | None = None
 
@@ -97,8 +96,8 @@ class Pump:
     def add(self, stream: Stream) -> None:
         """Have a stream told from now on."""
         with self._wake:
-            self._count += 1
-            self._beats.append((0.0, stream))
+            self._woken[stream] = None
+            self._beats.append((time.monotonic() + HEARTBEAT_SECONDS, stream))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="openkcm-streams", daemon=True)
                 self._thread.start()
