@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the transports cost by themselves: frames and gRPC, in one run, client and server in two processes.
 
-Run ``python bench/transports.py [CALLS]``. The handlers do nothing, so that a call is its transport: mutual TLS 1.3 over
-loopback. The transports take turns in rounds, so that drift of the machine falls on both alike. A batch is what unwraps
-10,000 data keys: 720 KB there, 320 KB back.
+Run ``python bench/transports.py [CALLS]``. The handlers do nothing, so that a call is its transport: mutual TLS 1.3
+over loopback. The transports take turns in rounds, so that drift of the machine falls on both alike. A batch is what
+unwraps 10,000 data keys: 720 KB there, 320 KB back.
 """
 
 from __future__ import annotations
@@ -17,17 +17,14 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-HERE: Final = Path(__file__).resolve()
-sys.path[:0] = [str(HERE.parent)]
-
 from environment import processor
-
 from openkcm.pki import DevelopmentCA, Issued
 from openkcm.rpc import frames
 from openkcm.rpc.denials import Denials
 from openkcm.rpc.frame_client import FrameTransport
 from openkcm.rpc.frame_server import FrameServer
 
+HERE: Final = Path(__file__).resolve()
 CALLS: Final = 4000
 ROUNDS: Final = 8
 BATCHES: Final = 12
@@ -133,8 +130,8 @@ def report(name: str, calls: list[float], batches: list[float], rates: list[floa
     calls, batches = sorted(calls), sorted(batches)
     megabytes = (len(REQUEST) + len(REPLY)) / 1e6
     print(
-        f"{name:7} empty call: p50 {calls[len(calls) // 2] * 1e6:5.0f} us, p99 {calls[len(calls) * 99 // 100] * 1e6:5.0f} us,"
-        f" server's processor {cpu / len(calls) * 1e6:4.0f} us a call"
+        f"{name:7} empty call: p50 {calls[len(calls) // 2] * 1e6:5.0f} us,"
+        f" p99 {calls[len(calls) * 99 // 100] * 1e6:5.0f} us, server {cpu / len(calls) * 1e6:4.0f} us a call"
         f" | 8 threads: {max(rates):7,.0f} calls/s"
         f" | 720 KB there, 320 KB back: p50 {batches[len(batches) // 2] * 1e3:5.2f} ms"
         f" = {megabytes / batches[len(batches) // 2]:5.0f} MB/s"
@@ -160,7 +157,7 @@ def main() -> None:
             clients[each] = connect(each, int(servers[each].stdout.readline()), lambda: pem(client, ca))  # type: ignore[union-attr]
         found: dict[str, tuple[list[float], list[float], list[float], list[float]]]
         found = {each: ([], [], [], []) for each in TRANSPORTS}
-        for each, remote in clients.items():
+        for remote in clients.values():
             time_calls(remote, "FindShredded", b"", 200)
             time_calls(remote, "UnwrapKeys", REQUEST, 3)
         for _ in range(ROUNDS):
