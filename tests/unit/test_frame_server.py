@@ -231,6 +231,24 @@ def test_requests_that_come_at_once_are_answered_in_turn(place: Place) -> None:
         assert read_frame(sock) == (frames.PONG, 7, b"")
 
 
+def test_a_connection_that_always_has_more_makes_way(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    with place.serve() as server, place.raw(server.port) as sock:
+        turns = 0
+        advance = server._advance
+
+        def counted(connection: Any, mask: int) -> Any:
+            nonlocal turns
+            turns += 1
+            return advance(connection, mask)
+
+        monkeypatch.setattr(server, "_advance", counted)
+        for at in range(1, 1001):
+            sock.sendall(frame(frames.PING, call=at))
+        for at in range(1, 1001):
+            assert read_frame(sock) == (frames.PONG, at, b"")
+        assert turns >= 1000 // 64
+
+
 def test_idle_and_slow_peers_do_not_hold_others_up(place: Place) -> None:
     with place.serve(threads=4) as server, contextlib.ExitStack() as stack:
         for at in range(200):

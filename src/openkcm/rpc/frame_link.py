@@ -56,8 +56,7 @@ class Link:
         host, port = host_of(self.address), int(self.address.rpartition(":")[2])
         try:
             self._sock = plain = socket.create_connection((host, port), _left(until))
-            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            frames.set_options(plain)
             plain.settimeout(_left(until))
             self._sock = sock = context.wrap_socket(plain, server_hostname=server_name or host)
             self._greet(sock, until)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import os
 import select
@@ -43,6 +44,8 @@ KEEPING_SECONDS: Final = 0.1
 """How often deadlines are looked at."""
 RELOAD_SECONDS: Final = 1.0
 """How often the certificate's files are."""
+TURN: Final = 64
+"""Frames after which a connection that always has more makes way for others."""
 SPARE_THREADS: Final = 2
 """Threads that neither carry out a request nor linger, so that somebody always reads."""
 
@@ -249,8 +252,7 @@ class FrameServer:
             return
         sock.setblocking(False)
         try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            frames.set_options(sock)
             secured = self._context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
         except OSError:
             sock.close()
@@ -318,10 +320,12 @@ class FrameServer:
                 self._lingering.release()
 
     def _converse(self, connection: Connection, frame: Frame | None) -> Connection | None:
-        while True:
+        for taken in itertools.count():
             if connection.out:
                 self._flush(connection)
             if frame is None:
+                if taken >= TURN and not connection.sock.pending():
+                    raise ssl.SSLWantReadError
                 frame = connection.reader.read(connection.sock, time.monotonic() + LINGER_SECONDS)
                 connection.deadline = None
                 if frame is None or self._draining:
@@ -337,9 +341,10 @@ class FrameServer:
             following = self._gate.done()
             if following is not None:
                 self._guard(connection, self._settle, 0)
-                waited, frame = following
-                waited.frame = frame
-                return waited
+                other, other_frame = following
+                other.frame = other_frame
+                return other
+        return None
 
     def _settle(self, connection: Connection, _: int) -> None:
         """Send what is to be sent, and let go of the connection."""
