@@ -62,6 +62,7 @@ class Site:
             "listen.grpc": "127.0.0.1:0",
         } | settings
         path = self.folder / f"{name}.toml"
+        path.touch(0o600)
         # JSON's texts and numbers are TOML's.
         path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
         return path

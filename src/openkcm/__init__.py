@@ -106,6 +106,7 @@ if TYPE_CHECKING:
     from .crypto import backend_info
     from .gateway import Column, DataKeyPolicy, Gateway, KeyStore, PoolPolicy, ServiceHandle
     from .roots import Root, open_root
+    from .rpc.admin_client import RemoteAdmin, connect_admin
     from .rpc.client import RemoteCore
     from .rpc.connect import TLS, connect
 
@@ -143,6 +144,7 @@ __all__ = [
     "OpenKCMError",
     "PoolPolicy",
     "Probe",
+    "RemoteAdmin",
     "RemoteCore",
     "RevokedCertificate",
     "Root",
@@ -169,6 +171,7 @@ __all__ = [
     "__version__",
     "backend_info",
     "connect",
+    "connect_admin",
     "open_root",
 ]
 
@@ -185,6 +188,7 @@ _HOMES: Final = {
     ),
     **dict.fromkeys(("Root", "open_root"), ".roots"),
     **dict.fromkeys(("TLS", "connect"), ".rpc.connect"),
+    **dict.fromkeys(("RemoteAdmin", "connect_admin"), ".rpc.admin_client"),
     "RemoteCore": ".rpc.client",
     "backend_info": ".crypto",
 }

@@ -24,15 +24,16 @@ MAY_IMPORT = {
     "_fast": set(),
     **dict.fromkeys(VOCABULARY, VOCABULARY),
     "sqlite": VOCABULARY,
+    "systemd": set(),
     "postgres": VOCABULARY,
     "crypto": VOCABULARY | {"_fast"},
     "roots": VOCABULARY | {"crypto"},
-    "core": VOCABULARY | {"sqlite", "postgres", "crypto", "roots"},
+    "core": VOCABULARY | {"sqlite", "systemd", "postgres", "crypto", "roots"},
     "gateway": VOCABULARY | {"sqlite", "postgres", "crypto"},
     # Customers' roots to test against: a user of them needs no Core.
     "testing": VOCABULARY | {"roots"},
     "pki": VOCABULARY,
-    "rpc": VOCABULARY | {"crypto", "roots", "core", "gateway"},
+    "rpc": VOCABULARY | {"systemd", "crypto", "roots", "core", "gateway"},
     "cli": VOCABULARY | {"crypto", "roots", "core", "gateway", "rpc", "pki", "testing", ""},
     # The package itself: the errors and the vocabulary at once, the rest when a name is first used.
     "": {"errors", "keys"},
@@ -44,7 +45,7 @@ PUBLIC = {
     *("Grant", "Grants", "RevokedCertificate", "Verb"),
     *("Gateway", "ServiceHandle", "Column", "DataKeyPolicy", "PoolPolicy", "KeyStore"),
     *("KeyService", "Service", "Event", "Change", "Kind", "KeyState", "TenantState"),
-    *("connect", "RemoteCore", "TLS"),
+    *("connect", "RemoteCore", "connect_admin", "RemoteAdmin", "TLS"),
     *("Root", "open_root", "backend_info", "__version__"),
 }
 

@@ -119,7 +119,8 @@ def options(
     ] = False,
 ) -> None:
     """Encrypt your customers' data under keys that they can unplug."""
-    set_globals(vault if vault is not None else os.environ.get("OPENKCM_VAULT") or None, json, quiet)
+    settings.vault = os.environ.get("OPENKCM_VAULT") or settings.vault
+    set_globals(vault, json, quiet)
 
 
 def main() -> NoReturn:
@@ -136,6 +137,7 @@ def main() -> NoReturn:
 def run(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     settings.vault, settings.quiet, settings.command = DEFAULT_VAULT, False, None
+    settings.core, settings.vault_named = "", False
     # Known at once, for mistakes that are found before the options are read.
     settings.json = "--json" in (sys.argv if arguments is None else arguments)
     try:

@@ -8,6 +8,7 @@ that ``openkcm --help`` and shell completion answer at once; a command imports w
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any, Final, TypeVar
@@ -44,6 +45,57 @@ QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", metavar="", help="Only errors and warnings.", rich_help_panel=PANEL)
 ]
 
+CORE: Final = "A Core elsewhere"
+
+CoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--core",
+        metavar="HOST:PORT",
+        help="Work on a Core's administrative interface. [dim]default: $OPENKCM_CORE; else the vault[/]",
+        show_default=False,
+        rich_help_panel=CORE,
+    ),
+]
+CertificateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--certificate",
+        metavar="FILE",
+        help="Your certificate, in PEM. [dim]default: $OPENKCM_TLS_CERTIFICATE[/]",
+        show_default=False,
+        rich_help_panel=CORE,
+    ),
+]
+KeyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--key",
+        metavar="FILE",
+        help="Its private key. [dim]default: $OPENKCM_TLS_KEY[/]",
+        show_default=False,
+        rich_help_panel=CORE,
+    ),
+]
+RootsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--roots",
+        metavar="FILE",
+        help="The authorities of the Core's certificate. [dim]default: $OPENKCM_TLS_ROOTS[/]",
+        show_default=False,
+        rich_help_panel=CORE,
+    ),
+]
+
+_REMOTE: Final[dict[str, Any]] = {
+    "core_": (CoreOption, None),
+    "certificate_": (CertificateOption, None),
+    "key_": (KeyOption, None),
+    "roots_": (RootsOption, None),
+}
+"""What the commands take that also work on a Core elsewhere."""
+
 _GLOBAL: Final[dict[str, Any]] = {
     "vault_": (VaultOption, None),
     "json_": (JsonOption, False),
@@ -58,18 +110,48 @@ class ReaderGone(Exception):
 def set_globals(vault: str | None, json: bool, quiet: bool) -> None:
     """Apply the global options of one place; those given in neither stay as they were."""
     if vault is not None:
-        settings.vault = vault
+        settings.vault, settings.vault_named = vault, True
     settings.json = settings.json or json
     settings.quiet = settings.quiet or quiet
 
 
-def command(app: typer.Typer, name: str, **options: Any) -> Callable[[Command], Command]:
-    """Add a function to an app as a command that takes the global options too."""
+def set_remote(core: str | None, certificate: str | None, key: str | None, roots: str | None) -> None:
+    """Apply the options of a command that also works on a Core elsewhere.
+
+    A vault that was named in the command goes before $OPENKCM_CORE.
+    """
+    variables = {
+        "core": (core, "OPENKCM_CORE"),
+        "certificate": (certificate, "OPENKCM_TLS_CERTIFICATE"),
+        "key": (key, "OPENKCM_TLS_KEY"),
+        "roots": (roots, "OPENKCM_TLS_ROOTS"),
+    }
+    for option, (given, variable) in variables.items():
+        if given is None and option == "core" and settings.vault_named:
+            continue
+        setattr(settings, option, given if given is not None else os.environ.get(variable, ""))
+    if core is not None and settings.vault_named:
+        raise InvalidInput("--core and --vault name two places to work on; give one of them")
+
+
+def command(
+    app: typer.Typer, name: str, *, remote: bool = False, **options: Any
+) -> Callable[[Command], Command]:
+    """Add a function to an app as a command that takes the global options too.
+
+    Args:
+        app: where.
+        name: the command's.
+        remote: whether it also works on a Core elsewhere (``session.open_administration``).
+        options: for Typer.
+    """
 
     def add(function: Command) -> Command:
         def run(**arguments: Any) -> None:
             settings.command = name
             set_globals(*(arguments.pop(option) for option in _GLOBAL))
+            if remote:
+                set_remote(*(arguments.pop(option, None) for option in _REMOTE))
             try:
                 function(**arguments)
                 sys.stdout.flush()
@@ -77,9 +159,14 @@ def command(app: typer.Typer, name: str, **options: Any) -> Callable[[Command], 
                 raise ReaderGone from None
 
         signature = inspect.signature(function, eval_str=True)
+        taken = _GLOBAL
+        if remote:
+            # A command with an option of that name has its own; what is meant here is then in the environment.
+            own = {name: each for name, each in _REMOTE.items() if name[:-1] not in signature.parameters}
+            taken = own | _GLOBAL
         extra = [
             inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-            for option, (annotation, default) in _GLOBAL.items()
+            for option, (annotation, default) in taken.items()
         ]
         parameters = [*signature.parameters.values(), *extra]
         shown = signature.replace(parameters=parameters)

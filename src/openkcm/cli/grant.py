@@ -42,9 +42,9 @@ class NoGrant(KeyNotFound):
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     group = typer.Typer(no_args_is_help=True, help="Who may do what over the network; nobody by default.")
-    command(group, "add")(add)
-    command(group, "remove")(remove)
-    command(group, "list")(list_grants)
+    command(group, "add", remote=True)(add)
+    command(group, "remove", remote=True)(remove)
+    command(group, "list", remote=True)(list_grants)
     app.add_typer(group, name="grant", rich_help_panel=NETWORK)
 
 
@@ -58,9 +58,9 @@ def add(
 ) -> None:
     """Let an identity do things with a service; every Core on the vault knows within a second."""
     from .output import answer, plain
-    from .session import open_core
+    from .session import open_administration
 
-    with open_core() as core:
+    with open_administration() as core:
         added = core.grant(identity, tenant, service, verbs)
     said = f"may now {', '.join(added)}" if added else "could do that already"
     answer(
@@ -79,9 +79,9 @@ def remove(
 ) -> None:
     """Take a grant back, in the words it was given in; every Core on the vault knows within a second."""
     from .output import answer, plain, warn
-    from .session import open_core
+    from .session import open_administration
 
-    with open_core() as core:
+    with open_administration() as core:
         taken = core.withdraw(identity, tenant, service, verbs or None)
         left = _overlapping(core.grants(identity), tenant, service, taken)
     if not taken:
@@ -102,9 +102,9 @@ def list_grants(
     from rich.table import Table
 
     from .output import answer, plain
-    from .session import open_core
+    from .session import open_administration
 
-    with open_core() as core:
+    with open_administration() as core:
         found = core.grants(identity)
     places: dict[tuple[str, str, str], list[str]] = {}
     for each in found:

@@ -33,6 +33,11 @@ class Settings:
     json: bool = False
     quiet: bool = False
     command: str | None = None
+    vault_named: bool = False
+    core: str = ""
+    certificate: str = ""
+    key: str = ""
+    roots: str = ""
 
 
 settings = Settings()

@@ -50,9 +50,9 @@ def register(app: typer.Typer) -> None:
     command(issue, "operator")(operator)
     group.add_typer(issue, name="issue")
     command(group, "renew")(renew)
-    command(group, "revoke")(revoke)
+    command(group, "revoke", remote=True)(revoke)
     command(group, "list")(list_certificates)
-    command(group, "revoked")(list_revoked)
+    command(group, "revoked", remote=True)(list_revoked)
     app.add_typer(group, name="pki", rich_help_panel=NETWORK)
 
 
@@ -154,10 +154,10 @@ def revoke(
     if crl_only:
         raise InvalidInput("--crl-only goes with a NAME; other CAs have their own lists")
     from .output import answer
-    from .session import open_core
+    from .session import open_administration
 
     named = _read_certificate(certificate) if certificate is not None else _parse_fingerprint(fingerprint)
-    with open_core() as core:
+    with open_administration() as core:
         found = core.revoke_certificate(named, reason)
     answer(
         {"revoked": [{"fingerprint": found.hex()}]}, f"the vault refuses [bold]{found.hex()}[/] from now on"
@@ -168,7 +168,7 @@ def _revoke_own(ca: DevelopmentCA, name: str, reason: str, *, vault: bool) -> No
     from ..errors import KeyNotFound
     from ..identity import fingerprints_of
     from .output import answer, note, plain
-    from .session import open_core
+    from .session import open_administration
 
     found = ca.unexpired(name)
     if not found:
@@ -177,7 +177,7 @@ def _revoke_own(ca: DevelopmentCA, name: str, reason: str, *, vault: bool) -> No
         )
     ders = [each.der for each in found]
     if vault:
-        with open_core() as core:
+        with open_administration() as core:
             for der in ders:
                 core.revoke_certificate(der, reason)
     revoked = ca.revoke(name)
@@ -220,9 +220,9 @@ def list_revoked() -> None:
     from rich.table import Table
 
     from .output import answer, plain
-    from .session import open_core
+    from .session import open_administration
 
-    with open_core() as core:
+    with open_administration() as core:
         found = core.revoked()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("revoked", "identity", "SHA-256", "reason"):

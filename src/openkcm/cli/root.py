@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands."""
     group = typer.Typer(no_args_is_help=True, help="What to allow on a root key; tell that one changed.")
     command(group, "grant")(grant)
-    command(group, "changed")(changed)
+    command(group, "changed", remote=True)(changed)
     app.add_typer(group, name="root", rich_help_panel=KEYS)
 
 
@@ -69,9 +69,9 @@ def grant(
 def changed(uri: UriArgument) -> None:
     """Ask a root now, for every customer on it: for EventBridge, Event Grid, Pub/Sub or cron to call."""
     from .output import answer, plain
-    from .session import open_core
+    from .session import open_administration
 
-    with open_core() as core:
+    with open_administration() as core:
         found = core.root_changed(uri)
     answer(
         {

@@ -1,24 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """`openkcm serve core`: the Core as a service, until it is told to end.
 
-Invariant: SIGTERM and SIGINT drain; SIGHUP is not needed, as certificates are read anew for each connection.
+Invariant: SIGTERM and SIGINT drain, a second one ends at once; SIGHUP is not needed, as certificates that change in
+their files are taken up within seconds.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from .commands import KEYS, command
 from .output import settings
+
+if TYPE_CHECKING:
+    from ..rpc.config import ServeConfig
+    from ..rpc.standard_error import StandardError
 
 
 def register(app: typer.Typer) -> None:
@@ -40,14 +45,16 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        line |= getattr(record, "fields", {})
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line)
 
 
-def configure_log(form: str, level: str) -> None:
-    """Log to stderr."""
-    handler = logging.StreamHandler(sys.stderr)
+def configure_log(form: str, level: str, stream: TextIO) -> None:
+    """Log to a stream, and warnings too."""
+    logging.captureWarnings(True)
+    handler = logging.StreamHandler(stream)
     if form == "json":
         handler.setFormatter(JsonLines())
     else:
@@ -74,13 +81,31 @@ def serve_core(
     if check:
         print(f"{config} is in order")
         return
-    configure_log(read.log, read.level)
-    from ..rpc.serving import CoreServer
-
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    server = CoreServer(read)
+        signal.signal(number, lambda number, _: _told_to_end(number, stop))
+    from ..rpc.standard_error import StandardError
+
+    said = StandardError()
+    configure_log(read.log, read.level, said.stream)
+    try:
+        _serve(read, said, stop)
+    finally:
+        said.close()
+
+
+def _told_to_end(number: int, stop: threading.Event) -> None:
+    """The first signal drains; a second means now. Nothing is lost: what was acknowledged is durable."""
+    if stop.is_set():
+        os._exit(128 + number)
+    stop.set()
+
+
+def _serve(config: ServeConfig, said: StandardError, stop: threading.Event) -> None:
+    from ..rpc.serving import CoreServer
+
+    server = CoreServer(config)
+    said.tell_handshakes(server.note_handshake)
     server.start()
     ready = {"region": server.core.region, "ports": server.ports}
     if settings.json:

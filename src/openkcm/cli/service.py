@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     group = typer.Typer(no_args_is_help=True, help="Create, list and rotate the services of a tenant.")
-    command(group, "create")(create)
-    command(group, "list")(list_services)
-    command(group, "rotate")(rotate)
-    command(group, "lease")(lease)
+    command(group, "create", remote=True)(create)
+    command(group, "list", remote=True)(list_services)
+    command(group, "rotate", remote=True)(rotate)
+    command(group, "lease", remote=True)(lease)
     app.add_typer(group, name="service", rich_help_panel=KEYS)
 
 
 def create(tenant: TenantArgument, service: ServiceArgument) -> None:
     """Create a service and its first key."""
     from .output import answer, plain
-    from .session import open_core
+    from .session import open_administration
 
-    with open_core() as core:
+    with open_administration() as core:
         made = core.create_service(tenant, service)
     answer(
         {"tenant": tenant, "service": service, "service_id": made.service_id.hex()},
@@ -46,9 +46,9 @@ def list_services(
     from rich.table import Table
 
     from .output import answer, plain
-    from .session import open_core
+    from .session import open_administration
 
-    with open_core() as core:
+    with open_administration() as core:
         services = [each for owner in core.status(tenant) for each in owner.services]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("tenant", "service", "version", "id"):
@@ -66,9 +66,9 @@ def list_services(
 def rotate(tenant: TenantArgument, service: ServiceArgument) -> None:
     """Make a new version of a service's key; old data still opens."""
     from .output import answer, plain
-    from .session import open_core
+    from .session import open_administration
 
-    with open_core() as core:
+    with open_administration() as core:
         version = core.rotate_service(tenant, service)
     answer(
         {"tenant": tenant, "service": service, "version": version},
@@ -86,9 +86,9 @@ def lease(
 ) -> None:
     """Let Gateways keep a data key open for so long after its opening."""
     from .output import answer, plain
-    from .session import open_core
+    from .session import open_administration
 
-    with open_core() as core:
+    with open_administration() as core:
         core.set_lease(tenant, service, seconds)
     name = f"[bold]{plain(tenant)} {plain(service)}[/]"
     answer(

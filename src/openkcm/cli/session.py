@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens the vault that a command works on, and closes it again.
+"""Opens the vault, or the Core elsewhere, that a command works on, and closes it again.
 
 Invariant: only ``init`` makes a vault; every other command refuses a path where there is none, so that a
 mistyped ``--vault`` cannot quietly begin a new one.
@@ -19,12 +19,19 @@ if TYPE_CHECKING:
     from ..core import Core
     from ..gateway import Gateway
     from ..gateway.gateway import ServiceHandle
+    from ..rpc.admin_client import RemoteAdmin
 
 
 class NoVault(ConfigurationError):
     """There is no vault where the command looks for one."""
 
     hint = "`openkcm init` makes one; --vault or OPENKCM_VAULT names another"
+
+
+class NoCertificate(ConfigurationError):
+    """A Core elsewhere is named, and not who asks."""
+
+    hint = "or set OPENKCM_TLS_CERTIFICATE, OPENKCM_TLS_KEY and OPENKCM_TLS_ROOTS; `openkcm pki` makes them for tests"
 
 
 def vault_url() -> str:
@@ -69,6 +76,34 @@ def open_core(**options: Any) -> Iterator[Core]:
         yield core
     finally:
         core.close()
+
+
+@contextlib.contextmanager
+def open_administration() -> Iterator[Core | RemoteAdmin]:
+    """Open what a command manages keys in: the Core that ``--core`` names, else the vault.
+
+    Raises:
+        NoVault: there is none.
+        ConfigurationError: a Core is named, and a certificate file is not, or cannot be used.
+    """
+    if not settings.core:
+        with open_core() as core:
+            yield core
+        return
+    files = {name: getattr(settings, name) for name in ("certificate", "key", "roots")}
+    missing = [f"--{name}" for name, value in files.items() if not value]
+    if missing:
+        raise NoCertificate(f"a Core elsewhere is reached with a certificate; missing: {', '.join(missing)}")
+    from ..rpc.admin_client import connect_admin
+    from ..rpc.connect import TLS
+
+    with connect_admin(settings.core.split(","), tls=TLS(**files)) as remote:
+        yield remote
+
+
+def place() -> str:
+    """Return what a command that manages keys works on, for people."""
+    return settings.core or vault_name()
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ _KEY_STYLES: Final = {
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    command(app, "status", rich_help_panel=INSIGHT)(status)
+    command(app, "status", remote=True, rich_help_panel=INSIGHT)(status)
 
 
 def status(
@@ -40,14 +40,14 @@ def status(
 ) -> None:
     """Show the tree of keys and their states."""
     from .output import answer, settings
-    from .session import open_core, vault_name
+    from .session import open_administration, place
 
-    with open_core() as core:
+    with open_administration() as core:
         tenants = core.status(tenant)
     # Only where it is wanted: of a hundred thousand tenants it takes hundreds of megabytes.
     documents = [_document(each) for each in tenants] if settings.json else []
-    document = {"vault": vault_name(), "tenants": documents}
-    answer(document, key_tree(tenants, vault_name()))
+    document = {"vault": place(), "tenants": documents}
+    answer(document, key_tree(tenants, place()))
 
 
 def state_text(tenant: TenantStatus) -> str:

@@ -22,12 +22,12 @@ TenantArgument = Annotated[str, typer.Argument(metavar="TENANT", help="The custo
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     group = typer.Typer(no_args_is_help=True, help="Link customers' root keys; kill, restore and unlink.")
-    command(group, "link")(link)
-    command(group, "list")(list_tenants)
-    command(group, "probe")(probe)
-    command(group, "kill")(kill)
-    command(group, "restore")(restore)
-    command(group, "unlink")(unlink)
+    command(group, "link", remote=True)(link)
+    command(group, "list", remote=True)(list_tenants)
+    command(group, "probe", remote=True)(probe)
+    command(group, "kill", remote=True)(kill)
+    command(group, "restore", remote=True)(restore)
+    command(group, "unlink", remote=True)(unlink)
     app.add_typer(group, name="tenant", rich_help_panel=KEYS)
 
 
@@ -45,10 +45,10 @@ def link(
 ) -> None:
     """Link a customer and their root key."""
     from .output import answer, plain, warn, warn_of_fallback
-    from .session import open_core
+    from .session import open_administration
 
     warn_of_fallback()
-    with open_core() as core:
+    with open_administration() as core:
         core.link_tenant(tenant, root=root)
         (linked,) = core.status(tenant)
     if linked.development:
@@ -68,10 +68,10 @@ def list_tenants() -> None:
     from rich.table import Table
 
     from .output import answer, plain
-    from .session import open_core
+    from .session import open_administration
     from .status import state_text
 
-    with open_core() as core:
+    with open_administration() as core:
         tenants = core.status()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("tenant", "state", "root"):
@@ -90,9 +90,9 @@ def probe(tenant: TenantArgument) -> None:
     from .exits import ExitCode
     from .output import answer
     from .root import probe_document, probe_text
-    from .session import open_core
+    from .session import open_administration
 
-    with open_core() as core:
+    with open_administration() as core:
         found = core.probe(tenant)
         (linked,) = core.status(tenant)
     answer(
@@ -110,9 +110,9 @@ def kill(
 ) -> None:
     """Switch a customer's keys off, everywhere, until they are restored."""
     from .output import answer, plain
-    from .session import open_core
+    from .session import open_administration
 
-    with open_core() as core:
+    with open_administration() as core:
         core.kill(tenant, reason=reason)
     answer(
         {"tenant": tenant, "state": "dark"},
@@ -124,9 +124,9 @@ def kill(
 def restore(tenant: TenantArgument) -> None:
     """Bring a killed customer back; their root key must agree."""
     from .output import answer, plain
-    from .session import open_core
+    from .session import open_administration
 
-    with open_core() as core:
+    with open_administration() as core:
         core.restore(tenant)
     answer({"tenant": tenant, "state": "live"}, f"[bold]{plain(tenant)}[/] is [green]live[/] again")
 
@@ -134,9 +134,9 @@ def restore(tenant: TenantArgument) -> None:
 def unlink(tenant: TenantArgument, yes: YesOption = False) -> None:
     """Destroy all keys of a customer here, so that their data is gone for good."""
     from .output import answer, confirm, plain
-    from .session import open_core
+    from .session import open_administration
 
-    with open_core() as core:
+    with open_administration() as core:
         core.status(tenant)
         confirm(f"Destroy every key of {plain(tenant)}, and so all their data, for good?", yes=yes)
         core.unlink(tenant)

@@ -3,12 +3,15 @@
 
 Invariant: a record is written in the transaction of its act, so that neither is there without the other.
 Changing, removing or reordering a record breaks the chain; cutting off its end does not show (signed
-checkpoints are to close that).
+checkpoints are to close that). What somebody had done over the network names them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import Final
 
@@ -18,6 +21,10 @@ from sqlalchemy.engine import Connection
 from . import schema
 
 START: Final = bytes(32)
+
+MAX_DETAIL: Final = 1024
+
+_actor: ContextVar[str] = ContextVar("openkcm-actor", default="")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +48,23 @@ def digest(record: AuditRecord, previous: bytes) -> bytes:
     ).digest()
 
 
+@contextlib.contextmanager
+def acting(identity: str) -> Iterator[None]:
+    """Name who has the acts done that this thread records meanwhile; an embedded Core's acts are its process's own."""
+    token = _actor.set(identity)
+    try:
+        yield
+    finally:
+        _actor.reset(token)
+
+
 def append(
     connection: Connection, at: str, act: str, tenant: str = "", service: str = "", detail: str = ""
 ) -> None:
-    """Append a record within the caller's write transaction."""
+    """Append a record within the caller's write transaction; see ``acting`` for what is added to ``detail``."""
+    if actor := _actor.get():
+        by = f"by {actor}"
+        detail = f"{detail[: MAX_DETAIL - len(by) - 2]}; {by}" if detail else by
     last = connection.execute(
         sql.select(schema.audit.c.number, schema.audit.c.digest)
         .order_by(schema.audit.c.number.desc())
@@ -70,13 +90,14 @@ def last_number(connection: Connection) -> int:
     return int(connection.execute(sql.select(sql.func.max(schema.audit.c.number))).scalar() or 0)
 
 
-def records(connection: Connection) -> list[AuditRecord]:
-    """Every record, oldest first."""
+def records(connection: Connection, after: int = 0, most: int | None = None) -> list[AuditRecord]:
+    """The records behind one, oldest first: all of them, or the first so many."""
     columns = schema.audit.c
     rows = connection.execute(
-        sql.select(
-            columns.number, columns.at, columns.act, columns.tenant, columns.service, columns.detail
-        ).order_by(columns.number)
+        sql.select(columns.number, columns.at, columns.act, columns.tenant, columns.service, columns.detail)
+        .where(columns.number > after)
+        .order_by(columns.number)
+        .limit(most)
     )
     return [AuditRecord(*row) for row in rows]
 

@@ -268,11 +268,11 @@ class Core(Access):
         self._check_open()
         return read_tree(self._vault, None if tenant is None else check_name(tenant, "tenant"))
 
-    def audit_records(self) -> list[audit.AuditRecord]:
-        """Every act of key management, oldest first."""
+    def audit_records(self, after: int = 0, most: int | None = None) -> list[audit.AuditRecord]:
+        """Every act of key management, oldest first; or ``most`` of them at the most, behind number ``after``."""
         self._check_open()
         with self._vault.store.read() as connection:
-            return audit.records(connection)
+            return audit.records(connection, after, most)
 
     def verify_audit(self) -> int | None:
         """Check the audit chain; returns the number of the first record that does not fit, or None."""

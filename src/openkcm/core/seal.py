@@ -16,6 +16,7 @@ from pathlib import Path
 from ..crypto import WrappingKey, generate_wrapping_key, random_bytes, read_wrapping_key, write_wrapping_key
 from ..errors import SealError
 from ..limits import KEY_BYTES
+from ..systemd import is_credential
 
 
 def make_seal(path: Path) -> None:
@@ -105,9 +106,10 @@ def open_seal(path: Path) -> WrappingKey:
 def _check(path: Path, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise SealError(f"the seal file {path} is not a regular file")
-    if status.st_uid != os.geteuid():
+    credential = is_credential(path)
+    if status.st_uid != os.geteuid() and not (credential and status.st_uid == 0):
         raise SealError(f"the seal file {path} belongs to another user; chown it to the user that runs this")
-    if status.st_mode & 0o077:
+    if status.st_mode & (0o007 if credential else 0o077):
         raise SealError(
             f"the seal file {path} can be read by others; assume they have, then run: chmod 600 {path}"
         )

@@ -399,7 +399,8 @@ class Vault:
                 .where(columns.tenant == tenant)
                 .values(liveness=state, liveness_reason=reason, generation=columns.generation + step)
             )
-            audit.append(connection, utc_now(), f"root-{state}", tenant, detail=reason)
+            with audit.acting(""):  # it is the root's doing, whoever had it asked
+                audit.append(connection, utc_now(), f"root-{state}", tenant, detail=reason)
 
     def changed(self, tenant: str, generation: int, *, keep: bool = False) -> None:
         """Take note of an act of this process, of which Gateways need not hear as of another's; drops open keys."""

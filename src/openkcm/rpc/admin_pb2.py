@@ -4,77 +4,90 @@
 # source: openkcm/rpc/admin.proto
 # Protobuf Python Version: 7.35.1
 """Generated protocol buffer code."""
+
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
+
 _runtime_version.ValidateProtobufRuntimeVersion(
-    _runtime_version.Domain.PUBLIC,
-    7,
-    35,
-    1,
-    '',
-    'openkcm/rpc/admin.proto'
+    _runtime_version.Domain.PUBLIC, 7, 35, 1, "", "openkcm/rpc/admin.proto"
 )
 # @@protoc_insertion_point(imports)
 
 _sym_db = _symbol_database.Default()
 
 
-
-
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17openkcm/rpc/admin.proto\x12\nopenkcm.v1\"\x06\n\x04\x44one\"\x1f\n\rTenantRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\"1\n\x11LinkTenantRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0c\n\x04root\x18\x02 \x01(\t\"3\n\x11KillTenantRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"1\n\x0eServiceRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0f\n\x07service\x18\x02 \x01(\t\"C\n\x0fSetLeaseRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0f\n\x07service\x18\x02 \x01(\t\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\"8\n\x12\x43reateServiceReply\x12\x0e\n\x06region\x18\x01 \x01(\t\x12\x12\n\nservice_id\x18\x02 \x01(\x0c\"\x1f\n\x0cVersionReply\x12\x0f\n\x07version\x18\x01 \x01(\r\"H\n\x0bStatusReply\x12\x0e\n\x06region\x18\x01 \x01(\t\x12)\n\x07tenants\x18\x02 \x03(\x0b\x32\x18.openkcm.v1.TenantStatus\"\xe6\x01\n\x0cTenantStatus\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0e\n\x06region\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0c\n\x04root\x18\x05 \x01(\t\x12\x13\n\x0b\x64\x65velopment\x18\x06 \x01(\x08\x12\x13\n\x0bkey_version\x18\x07 \x01(\r\x12\x0c\n\x04open\x18\x08 \x01(\x08\x12\x10\n\x08shredded\x18\t \x01(\x04\x12+\n\x08services\x18\n \x03(\x0b\x32\x19.openkcm.v1.ServiceStatus\x12\x12\n\ncreated_at\x18\x0b \x01(\t\"\xaf\x01\n\rServiceStatus\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0f\n\x07service\x18\x02 \x01(\t\x12\x12\n\nservice_id\x18\x03 \x01(\x0c\x12\x16\n\x0e\x61\x63tive_version\x18\x04 \x01(\r\x12.\n\x08versions\x18\x05 \x03(\x0b\x32\x1c.openkcm.v1.ServiceKeyStatus\x12\r\n\x05lease\x18\x06 \x01(\x01\x12\x12\n\ncreated_at\x18\x07 \x01(\t\"F\n\x10ServiceKeyStatus\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\r\n\x05state\x18\x02 \x01(\t\x12\x12\n\ncreated_at\x18\x03 \x01(\t\"\"\n\x12RootChangedRequest\x12\x0c\n\x04root\x18\x01 \x01(\t\"6\n\nProbeReply\x12(\n\x07results\x18\x01 \x03(\x0b\x32\x17.openkcm.v1.ProbeResult\"M\n\x0bProbeResult\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\"P\n\x0cGrantRequest\x12\x10\n\x08identity\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0f\n\x07service\x18\x03 \x01(\t\x12\r\n\x05verbs\x18\x04 \x03(\t\"%\n\x11ListGrantsRequest\x12\x10\n\x08identity\x18\x01 \x01(\t\";\n\x0fListGrantsReply\x12(\n\x06grants\x18\x01 \x03(\x0b\x32\x18.openkcm.v1.GrantRequest\"?\n\x18RevokeCertificateRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\x0c\x12\x0e\n\x06reason\x18\x02 \x01(\t\"2\n\x13\x41uditRecordsRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\x04\x12\x0c\n\x04most\x18\x02 \x01(\r\"=\n\x11\x41uditRecordsReply\x12(\n\x07records\x18\x01 \x03(\x0b\x32\x17.openkcm.v1.AuditRecord\"g\n\x0b\x41uditRecord\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\n\n\x02\x61t\x18\x02 \x01(\t\x12\x0b\n\x03\x61\x63t\x18\x03 \x01(\t\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12\x0f\n\x07service\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t2\xfa\x08\n\x0e\x41\x64ministration\x12=\n\nLinkTenant\x12\x1d.openkcm.v1.LinkTenantRequest\x1a\x10.openkcm.v1.Done\x12;\n\x0cUnlinkTenant\x12\x19.openkcm.v1.TenantRequest\x1a\x10.openkcm.v1.Done\x12>\n\x0bReplaceRoot\x12\x1d.openkcm.v1.LinkTenantRequest\x1a\x10.openkcm.v1.Done\x12\x43\n\x0cRotateTenant\x12\x19.openkcm.v1.TenantRequest\x1a\x18.openkcm.v1.VersionReply\x12=\n\nKillTenant\x12\x1d.openkcm.v1.KillTenantRequest\x1a\x10.openkcm.v1.Done\x12<\n\rRestoreTenant\x12\x19.openkcm.v1.TenantRequest\x1a\x10.openkcm.v1.Done\x12K\n\rCreateService\x12\x1a.openkcm.v1.ServiceRequest\x1a\x1e.openkcm.v1.CreateServiceReply\x12\x45\n\rRotateService\x12\x1a.openkcm.v1.ServiceRequest\x1a\x18.openkcm.v1.VersionReply\x12\x39\n\x08SetLease\x12\x1b.openkcm.v1.SetLeaseRequest\x1a\x10.openkcm.v1.Done\x12<\n\x06Status\x12\x19.openkcm.v1.TenantRequest\x1a\x17.openkcm.v1.StatusReply\x12:\n\x05Probe\x12\x19.openkcm.v1.TenantRequest\x1a\x16.openkcm.v1.ProbeReply\x12\x45\n\x0bRootChanged\x12\x1e.openkcm.v1.RootChangedRequest\x1a\x16.openkcm.v1.ProbeReply\x12\x36\n\x08\x41\x64\x64Grant\x12\x18.openkcm.v1.GrantRequest\x1a\x10.openkcm.v1.Done\x12;\n\rWithdrawGrant\x12\x18.openkcm.v1.GrantRequest\x1a\x10.openkcm.v1.Done\x12H\n\nListGrants\x12\x1d.openkcm.v1.ListGrantsRequest\x1a\x1b.openkcm.v1.ListGrantsReply\x12K\n\x11RevokeCertificate\x12$.openkcm.v1.RevokeCertificateRequest\x1a\x10.openkcm.v1.Done\x12N\n\x0c\x41uditRecords\x12\x1f.openkcm.v1.AuditRecordsRequest\x1a\x1d.openkcm.v1.AuditRecordsReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
+    b'\n\x17openkcm/rpc/admin.proto\x12\nopenkcm.v1"\x06\n\x04\x44one"\x1f\n\rTenantRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t"1\n\x11LinkTenantRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0c\n\x04root\x18\x02 \x01(\t"3\n\x11KillTenantRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t"1\n\x0eServiceRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0f\n\x07service\x18\x02 \x01(\t"C\n\x0fSetLeaseRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0f\n\x07service\x18\x02 \x01(\t\x12\x0f\n\x07seconds\x18\x03 \x01(\x01"8\n\x12\x43reateServiceReply\x12\x0e\n\x06region\x18\x01 \x01(\t\x12\x12\n\nservice_id\x18\x02 \x01(\x0c"\x1f\n\x0cVersionReply\x12\x0f\n\x07version\x18\x01 \x01(\r"H\n\x0bStatusReply\x12\x0e\n\x06region\x18\x01 \x01(\t\x12)\n\x07tenants\x18\x02 \x03(\x0b\x32\x18.openkcm.v1.TenantStatus"\xe6\x01\n\x0cTenantStatus\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0e\n\x06region\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0c\n\x04root\x18\x05 \x01(\t\x12\x13\n\x0b\x64\x65velopment\x18\x06 \x01(\x08\x12\x13\n\x0bkey_version\x18\x07 \x01(\r\x12\x0c\n\x04open\x18\x08 \x01(\x08\x12\x10\n\x08shredded\x18\t \x01(\x04\x12+\n\x08services\x18\n \x03(\x0b\x32\x19.openkcm.v1.ServiceStatus\x12\x12\n\ncreated_at\x18\x0b \x01(\t"\xaf\x01\n\rServiceStatus\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0f\n\x07service\x18\x02 \x01(\t\x12\x12\n\nservice_id\x18\x03 \x01(\x0c\x12\x16\n\x0e\x61\x63tive_version\x18\x04 \x01(\r\x12.\n\x08versions\x18\x05 \x03(\x0b\x32\x1c.openkcm.v1.ServiceKeyStatus\x12\r\n\x05lease\x18\x06 \x01(\x01\x12\x12\n\ncreated_at\x18\x07 \x01(\t"F\n\x10ServiceKeyStatus\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\r\n\x05state\x18\x02 \x01(\t\x12\x12\n\ncreated_at\x18\x03 \x01(\t""\n\x12RootChangedRequest\x12\x0c\n\x04root\x18\x01 \x01(\t"6\n\nProbeReply\x12(\n\x07results\x18\x01 \x03(\x0b\x32\x17.openkcm.v1.ProbeResult"\xa0\x01\n\x0bProbeResult\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\x10\n\x08\x61sked_at\x18\x05 \x01(\x01\x12\x12\n\nrefused_at\x18\x06 \x01(\x01\x12\x18\n\x10\x66irst_refused_at\x18\x07 \x01(\x01\x12\x11\n\tzeroed_at\x18\x08 \x01(\x01"P\n\x0cGrantRequest\x12\x10\n\x08identity\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0f\n\x07service\x18\x03 \x01(\t\x12\r\n\x05verbs\x18\x04 \x03(\t"\x1b\n\nGrantReply\x12\r\n\x05verbs\x18\x01 \x03(\t"\\\n\x05Grant\x12\x10\n\x08identity\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0f\n\x07service\x18\x03 \x01(\t\x12\x0c\n\x04verb\x18\x04 \x01(\t\x12\x12\n\ncreated_at\x18\x05 \x01(\t"%\n\x11ListGrantsRequest\x12\x10\n\x08identity\x18\x01 \x01(\t"4\n\x0fListGrantsReply\x12!\n\x06grants\x18\x01 \x03(\x0b\x32\x11.openkcm.v1.Grant"?\n\x18RevokeCertificateRequest\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x0e\n\x06reason\x18\x02 \x01(\t"-\n\x16RevokeCertificateReply\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\x0c"\x14\n\x12ListRevokedRequest"H\n\x10ListRevokedReply\x12\x34\n\x0c\x63\x65rtificates\x18\x01 \x03(\x0b\x32\x1e.openkcm.v1.RevokedCertificate"o\n\x12RevokedCertificate\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\x0c\x12\x10\n\x08identity\x18\x02 \x01(\t\x12\x0e\n\x06serial\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x12\n\nrevoked_at\x18\x05 \x01(\t"2\n\x13\x41uditRecordsRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\x04\x12\x0c\n\x04most\x18\x02 \x01(\r"=\n\x11\x41uditRecordsReply\x12(\n\x07records\x18\x01 \x03(\x0b\x32\x17.openkcm.v1.AuditRecord"g\n\x0b\x41uditRecord\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\n\n\x02\x61t\x18\x02 \x01(\t\x12\x0b\n\x03\x61\x63t\x18\x03 \x01(\t\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12\x0f\n\x07service\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t"\x14\n\x12VerifyAuditRequest"\'\n\x10VerifyAuditReply\x12\x13\n\x0b\x66irst_wrong\x18\x01 \x01(\x04\x32\xb2\n\n\x0e\x41\x64ministration\x12=\n\nLinkTenant\x12\x1d.openkcm.v1.LinkTenantRequest\x1a\x10.openkcm.v1.Done\x12;\n\x0cUnlinkTenant\x12\x19.openkcm.v1.TenantRequest\x1a\x10.openkcm.v1.Done\x12>\n\x0bReplaceRoot\x12\x1d.openkcm.v1.LinkTenantRequest\x1a\x10.openkcm.v1.Done\x12\x43\n\x0cRotateTenant\x12\x19.openkcm.v1.TenantRequest\x1a\x18.openkcm.v1.VersionReply\x12=\n\nKillTenant\x12\x1d.openkcm.v1.KillTenantRequest\x1a\x10.openkcm.v1.Done\x12<\n\rRestoreTenant\x12\x19.openkcm.v1.TenantRequest\x1a\x10.openkcm.v1.Done\x12K\n\rCreateService\x12\x1a.openkcm.v1.ServiceRequest\x1a\x1e.openkcm.v1.CreateServiceReply\x12\x45\n\rRotateService\x12\x1a.openkcm.v1.ServiceRequest\x1a\x18.openkcm.v1.VersionReply\x12\x39\n\x08SetLease\x12\x1b.openkcm.v1.SetLeaseRequest\x1a\x10.openkcm.v1.Done\x12<\n\x06Status\x12\x19.openkcm.v1.TenantRequest\x1a\x17.openkcm.v1.StatusReply\x12:\n\x05Probe\x12\x19.openkcm.v1.TenantRequest\x1a\x16.openkcm.v1.ProbeReply\x12\x45\n\x0bRootChanged\x12\x1e.openkcm.v1.RootChangedRequest\x1a\x16.openkcm.v1.ProbeReply\x12<\n\x08\x41\x64\x64Grant\x12\x18.openkcm.v1.GrantRequest\x1a\x16.openkcm.v1.GrantReply\x12\x41\n\rWithdrawGrant\x12\x18.openkcm.v1.GrantRequest\x1a\x16.openkcm.v1.GrantReply\x12H\n\nListGrants\x12\x1d.openkcm.v1.ListGrantsRequest\x1a\x1b.openkcm.v1.ListGrantsReply\x12]\n\x11RevokeCertificate\x12$.openkcm.v1.RevokeCertificateRequest\x1a".openkcm.v1.RevokeCertificateReply\x12K\n\x0bListRevoked\x12\x1e.openkcm.v1.ListRevokedRequest\x1a\x1c.openkcm.v1.ListRevokedReply\x12N\n\x0c\x41uditRecords\x12\x1f.openkcm.v1.AuditRecordsRequest\x1a\x1d.openkcm.v1.AuditRecordsReply\x12K\n\x0bVerifyAudit\x12\x1e.openkcm.v1.VerifyAuditRequest\x1a\x1c.openkcm.v1.VerifyAuditReplyb\x06proto3'
+)
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'openkcm.rpc.admin_pb2', _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "openkcm.rpc.admin_pb2", _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-  DESCRIPTOR._loaded_options = None
-  _globals['_DONE']._serialized_start=39
-  _globals['_DONE']._serialized_end=45
-  _globals['_TENANTREQUEST']._serialized_start=47
-  _globals['_TENANTREQUEST']._serialized_end=78
-  _globals['_LINKTENANTREQUEST']._serialized_start=80
-  _globals['_LINKTENANTREQUEST']._serialized_end=129
-  _globals['_KILLTENANTREQUEST']._serialized_start=131
-  _globals['_KILLTENANTREQUEST']._serialized_end=182
-  _globals['_SERVICEREQUEST']._serialized_start=184
-  _globals['_SERVICEREQUEST']._serialized_end=233
-  _globals['_SETLEASEREQUEST']._serialized_start=235
-  _globals['_SETLEASEREQUEST']._serialized_end=302
-  _globals['_CREATESERVICEREPLY']._serialized_start=304
-  _globals['_CREATESERVICEREPLY']._serialized_end=360
-  _globals['_VERSIONREPLY']._serialized_start=362
-  _globals['_VERSIONREPLY']._serialized_end=393
-  _globals['_STATUSREPLY']._serialized_start=395
-  _globals['_STATUSREPLY']._serialized_end=467
-  _globals['_TENANTSTATUS']._serialized_start=470
-  _globals['_TENANTSTATUS']._serialized_end=700
-  _globals['_SERVICESTATUS']._serialized_start=703
-  _globals['_SERVICESTATUS']._serialized_end=878
-  _globals['_SERVICEKEYSTATUS']._serialized_start=880
-  _globals['_SERVICEKEYSTATUS']._serialized_end=950
-  _globals['_ROOTCHANGEDREQUEST']._serialized_start=952
-  _globals['_ROOTCHANGEDREQUEST']._serialized_end=986
-  _globals['_PROBEREPLY']._serialized_start=988
-  _globals['_PROBEREPLY']._serialized_end=1042
-  _globals['_PROBERESULT']._serialized_start=1044
-  _globals['_PROBERESULT']._serialized_end=1121
-  _globals['_GRANTREQUEST']._serialized_start=1123
-  _globals['_GRANTREQUEST']._serialized_end=1203
-  _globals['_LISTGRANTSREQUEST']._serialized_start=1205
-  _globals['_LISTGRANTSREQUEST']._serialized_end=1242
-  _globals['_LISTGRANTSREPLY']._serialized_start=1244
-  _globals['_LISTGRANTSREPLY']._serialized_end=1303
-  _globals['_REVOKECERTIFICATEREQUEST']._serialized_start=1305
-  _globals['_REVOKECERTIFICATEREQUEST']._serialized_end=1368
-  _globals['_AUDITRECORDSREQUEST']._serialized_start=1370
-  _globals['_AUDITRECORDSREQUEST']._serialized_end=1420
-  _globals['_AUDITRECORDSREPLY']._serialized_start=1422
-  _globals['_AUDITRECORDSREPLY']._serialized_end=1483
-  _globals['_AUDITRECORD']._serialized_start=1485
-  _globals['_AUDITRECORD']._serialized_end=1588
-  _globals['_ADMINISTRATION']._serialized_start=1591
-  _globals['_ADMINISTRATION']._serialized_end=2737
+    DESCRIPTOR._loaded_options = None
+    _globals["_DONE"]._serialized_start = 39
+    _globals["_DONE"]._serialized_end = 45
+    _globals["_TENANTREQUEST"]._serialized_start = 47
+    _globals["_TENANTREQUEST"]._serialized_end = 78
+    _globals["_LINKTENANTREQUEST"]._serialized_start = 80
+    _globals["_LINKTENANTREQUEST"]._serialized_end = 129
+    _globals["_KILLTENANTREQUEST"]._serialized_start = 131
+    _globals["_KILLTENANTREQUEST"]._serialized_end = 182
+    _globals["_SERVICEREQUEST"]._serialized_start = 184
+    _globals["_SERVICEREQUEST"]._serialized_end = 233
+    _globals["_SETLEASEREQUEST"]._serialized_start = 235
+    _globals["_SETLEASEREQUEST"]._serialized_end = 302
+    _globals["_CREATESERVICEREPLY"]._serialized_start = 304
+    _globals["_CREATESERVICEREPLY"]._serialized_end = 360
+    _globals["_VERSIONREPLY"]._serialized_start = 362
+    _globals["_VERSIONREPLY"]._serialized_end = 393
+    _globals["_STATUSREPLY"]._serialized_start = 395
+    _globals["_STATUSREPLY"]._serialized_end = 467
+    _globals["_TENANTSTATUS"]._serialized_start = 470
+    _globals["_TENANTSTATUS"]._serialized_end = 700
+    _globals["_SERVICESTATUS"]._serialized_start = 703
+    _globals["_SERVICESTATUS"]._serialized_end = 878
+    _globals["_SERVICEKEYSTATUS"]._serialized_start = 880
+    _globals["_SERVICEKEYSTATUS"]._serialized_end = 950
+    _globals["_ROOTCHANGEDREQUEST"]._serialized_start = 952
+    _globals["_ROOTCHANGEDREQUEST"]._serialized_end = 986
+    _globals["_PROBEREPLY"]._serialized_start = 988
+    _globals["_PROBEREPLY"]._serialized_end = 1042
+    _globals["_PROBERESULT"]._serialized_start = 1045
+    _globals["_PROBERESULT"]._serialized_end = 1205
+    _globals["_GRANTREQUEST"]._serialized_start = 1207
+    _globals["_GRANTREQUEST"]._serialized_end = 1287
+    _globals["_GRANTREPLY"]._serialized_start = 1289
+    _globals["_GRANTREPLY"]._serialized_end = 1316
+    _globals["_GRANT"]._serialized_start = 1318
+    _globals["_GRANT"]._serialized_end = 1410
+    _globals["_LISTGRANTSREQUEST"]._serialized_start = 1412
+    _globals["_LISTGRANTSREQUEST"]._serialized_end = 1449
+    _globals["_LISTGRANTSREPLY"]._serialized_start = 1451
+    _globals["_LISTGRANTSREPLY"]._serialized_end = 1503
+    _globals["_REVOKECERTIFICATEREQUEST"]._serialized_start = 1505
+    _globals["_REVOKECERTIFICATEREQUEST"]._serialized_end = 1568
+    _globals["_REVOKECERTIFICATEREPLY"]._serialized_start = 1570
+    _globals["_REVOKECERTIFICATEREPLY"]._serialized_end = 1615
+    _globals["_LISTREVOKEDREQUEST"]._serialized_start = 1617
+    _globals["_LISTREVOKEDREQUEST"]._serialized_end = 1637
+    _globals["_LISTREVOKEDREPLY"]._serialized_start = 1639
+    _globals["_LISTREVOKEDREPLY"]._serialized_end = 1711
+    _globals["_REVOKEDCERTIFICATE"]._serialized_start = 1713
+    _globals["_REVOKEDCERTIFICATE"]._serialized_end = 1824
+    _globals["_AUDITRECORDSREQUEST"]._serialized_start = 1826
+    _globals["_AUDITRECORDSREQUEST"]._serialized_end = 1876
+    _globals["_AUDITRECORDSREPLY"]._serialized_start = 1878
+    _globals["_AUDITRECORDSREPLY"]._serialized_end = 1939
+    _globals["_AUDITRECORD"]._serialized_start = 1941
+    _globals["_AUDITRECORD"]._serialized_end = 2044
+    _globals["_VERIFYAUDITREQUEST"]._serialized_start = 2046
+    _globals["_VERIFYAUDITREQUEST"]._serialized_end = 2066
+    _globals["_VERIFYAUDITREPLY"]._serialized_start = 2068
+    _globals["_VERIFYAUDITREPLY"]._serialized_end = 2107
+    _globals["_ADMINISTRATION"]._serialized_start = 2110
+    _globals["_ADMINISTRATION"]._serialized_end = 3440
 # @@protoc_insertion_point(module_scope)

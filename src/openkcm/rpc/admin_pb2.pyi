@@ -371,10 +371,19 @@ class ProbeResult(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
+    ASKED_AT_FIELD_NUMBER: _builtins.int
+    REFUSED_AT_FIELD_NUMBER: _builtins.int
+    FIRST_REFUSED_AT_FIELD_NUMBER: _builtins.int
+    ZEROED_AT_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     state: _builtins.str
     reason: _builtins.str
     seconds: _builtins.float
+    asked_at: _builtins.float
+    """Moments of the Core's clock."""
+    refused_at: _builtins.float
+    first_refused_at: _builtins.float
+    zeroed_at: _builtins.float
     def __init__(
         self,
         *,
@@ -382,10 +391,14 @@ class ProbeResult(_message.Message):
         state: _builtins.str = ...,
         reason: _builtins.str = ...,
         seconds: _builtins.float = ...,
+        asked_at: _builtins.float = ...,
+        refused_at: _builtins.float = ...,
+        first_refused_at: _builtins.float = ...,
+        zeroed_at: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "seconds", b"seconds", "state", b"state", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked_at", b"asked_at", "first_refused_at", b"first_refused_at", "reason", b"reason", "refused_at", b"refused_at", "seconds", b"seconds", "state", b"state", "tenant", b"tenant", "zeroed_at", b"zeroed_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -405,7 +418,9 @@ class GrantRequest(_message.Message):
     service: _builtins.str
     """"*": every service"""
     @_builtins.property
-    def verbs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def verbs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """nothing, for WithdrawGrant: all"""
+
     def __init__(
         self,
         *,
@@ -421,6 +436,59 @@ class GrantRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GrantRequest: _TypeAlias = GrantRequest  # noqa: Y015
+
+@_typing.final
+class GrantReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERBS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def verbs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """what was added, or taken back"""
+
+    def __init__(
+        self,
+        *,
+        verbs: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["verbs", b"verbs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GrantReply: _TypeAlias = GrantReply  # noqa: Y015
+
+@_typing.final
+class Grant(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDENTITY_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    SERVICE_FIELD_NUMBER: _builtins.int
+    VERB_FIELD_NUMBER: _builtins.int
+    CREATED_AT_FIELD_NUMBER: _builtins.int
+    identity: _builtins.str
+    tenant: _builtins.str
+    service: _builtins.str
+    verb: _builtins.str
+    created_at: _builtins.str
+    def __init__(
+        self,
+        *,
+        identity: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        service: _builtins.str = ...,
+        verb: _builtins.str = ...,
+        created_at: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "identity", b"identity", "service", b"service", "tenant", b"tenant", "verb", b"verb"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Grant: _TypeAlias = Grant  # noqa: Y015
 
 @_typing.final
 class ListGrantsRequest(_message.Message):
@@ -448,11 +516,11 @@ class ListGrantsReply(_message.Message):
 
     GRANTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def grants(self) -> _containers.RepeatedCompositeFieldContainer[Global___GrantRequest]: ...
+    def grants(self) -> _containers.RepeatedCompositeFieldContainer[Global___Grant]: ...
     def __init__(
         self,
         *,
-        grants: _abc.Iterable[Global___GrantRequest] | None = ...,
+        grants: _abc.Iterable[Global___Grant] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -466,24 +534,110 @@ Global___ListGrantsReply: _TypeAlias = ListGrantsReply  # noqa: Y015
 class RevokeCertificateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
-    fingerprint: _builtins.bytes
-    """SHA-256 of the DER certificate"""
+    certificate: _builtins.bytes
+    """DER; or the SHA-256 of that"""
     reason: _builtins.str
     def __init__(
         self,
         *,
-        fingerprint: _builtins.bytes = ...,
+        certificate: _builtins.bytes = ...,
         reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RevokeCertificateRequest: _TypeAlias = RevokeCertificateRequest  # noqa: Y015
+
+@_typing.final
+class RevokeCertificateReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    fingerprint: _builtins.bytes
+    """SHA-256 of the DER certificate"""
+    def __init__(
+        self,
+        *,
+        fingerprint: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeCertificateReply: _TypeAlias = RevokeCertificateReply  # noqa: Y015
+
+@_typing.final
+class ListRevokedRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRevokedRequest: _TypeAlias = ListRevokedRequest  # noqa: Y015
+
+@_typing.final
+class ListRevokedReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CERTIFICATES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def certificates(self) -> _containers.RepeatedCompositeFieldContainer[Global___RevokedCertificate]: ...
+    def __init__(
+        self,
+        *,
+        certificates: _abc.Iterable[Global___RevokedCertificate] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificates", b"certificates"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRevokedReply: _TypeAlias = ListRevokedReply  # noqa: Y015
+
+@_typing.final
+class RevokedCertificate(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
+    SERIAL_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    REVOKED_AT_FIELD_NUMBER: _builtins.int
+    fingerprint: _builtins.bytes
+    identity: _builtins.str
+    serial: _builtins.str
+    reason: _builtins.str
+    revoked_at: _builtins.str
+    def __init__(
+        self,
+        *,
+        fingerprint: _builtins.bytes = ...,
+        identity: _builtins.str = ...,
+        serial: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        revoked_at: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "identity", b"identity", "reason", b"reason", "revoked_at", b"revoked_at", "serial", b"serial"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokedCertificate: _TypeAlias = RevokedCertificate  # noqa: Y015
 
 @_typing.final
 class AuditRecordsRequest(_message.Message):
@@ -492,7 +646,9 @@ class AuditRecordsRequest(_message.Message):
     AFTER_FIELD_NUMBER: _builtins.int
     MOST_FIELD_NUMBER: _builtins.int
     after: _builtins.int
+    """a record's number"""
     most: _builtins.int
+    """nothing: as many as the Core likes"""
     def __init__(
         self,
         *,
@@ -560,3 +716,38 @@ class AuditRecord(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AuditRecord: _TypeAlias = AuditRecord  # noqa: Y015
+
+@_typing.final
+class VerifyAuditRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyAuditRequest: _TypeAlias = VerifyAuditRequest  # noqa: Y015
+
+@_typing.final
+class VerifyAuditReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_WRONG_FIELD_NUMBER: _builtins.int
+    first_wrong: _builtins.int
+    """the number of the first record that does not fit; nothing: all do"""
+    def __init__(
+        self,
+        *,
+        first_wrong: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_wrong", b"first_wrong"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyAuditReply: _TypeAlias = VerifyAuditReply  # noqa: Y015

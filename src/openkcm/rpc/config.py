@@ -2,13 +2,15 @@
 """The configuration of a Core that serves: one TOML file.
 
 Invariant: it is checked whole before anything is opened, and every mistake is told at once; a setting that is not known
-is a mistake, so that a mistyped limit cannot quietly be none.
+is a mistake, so that a mistyped limit cannot quietly be none. Nothing that is said of it holds a secret.
 
 ::
 
     store = "postgresql://core@db.example/openkcm"
-    seal = "/etc/openkcm/vault.seal"
+    store_password_file = "credential:store-password"   # or OPENKCM_STORE_PASSWORD in the environment
+    seal = "credential:seal"         # or a file
     region = "eu-central"
+    roots = ["aws-kms://arn:aws:kms:eu-central-1:"]     # what may be linked over the network
 
     [tls]
     certificate = "core.pem"         # the chain, its own first
@@ -22,18 +24,26 @@ is a mistake, so that a mistyped limit cannot quietly be none.
 
 from __future__ import annotations
 
+import os
+import stat
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
+
 from ..core.core import MAX_PROBE, MIN_PROBE, POLL_SECONDS
 from ..core.liveness import MAX_GRACE
 from ..core.vault import GRACE_SECONDS, PROBE_SECONDS
 from ..errors import ConfigurationError, OpenKCMError
 from ..keys import check_name
+from ..systemd import is_credential
+from .admin_handlers import CLOUD_ROOTS
 from .endpoint import host_of
+from .session import Credentials
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +53,10 @@ class ServerTLS:
     certificate: Path
     key: Path
     clients: Path
+
+    def load(self) -> Credentials:
+        """Read and check the files; ConfigurationError if they are not what they should be."""
+        return Credentials.load(self.certificate, self.key, self.clients)
 
     def pem(self) -> tuple[bytes, bytes, bytes]:
         """Key, chain and authorities as they stand in the files."""
@@ -70,9 +84,9 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class ServeConfig:
-    """All of it; seconds where a time is meant."""
+    """All of it; seconds where a time is meant. ``store`` holds the password, and is therefore never shown."""
 
-    store: str
+    store: str = field(repr=False)
     region: str
     tls: ServerTLS
     seal: Path | None = None
@@ -80,8 +94,10 @@ class ServeConfig:
     limits: Limits = field(default_factory=Limits)
     probe_interval: float = PROBE_SECONDS
     grace: float = GRACE_SECONDS
+    store_grace: float = GRACE_SECONDS
     poll_interval: float = POLL_SECONDS
     drain: float = 10.0
+    roots: tuple[str, ...] = CLOUD_ROOTS
     log: str = "json"
     level: str = "info"
 
@@ -89,9 +105,11 @@ class ServeConfig:
 class _Reader:
     """Takes settings out of a table, and notes what is wrong with them."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, config: Path) -> None:
+        self._folder = config.absolute().parent
+        self._private = not config.stat().st_mode & 0o077
         self.mistakes: list[str] = []
+        self.credentials = os.environ.get("CREDENTIALS_DIRECTORY", "")
 
     def take(self, table: dict[str, Any], name: str, check: Callable[[Any], Any], default: Any = None) -> Any:
         """A setting by its name, checked; ``default`` where it is missing or wrong."""
@@ -119,11 +137,65 @@ class _Reader:
         self.mistakes += [f"{prefix}{key} is not a setting" for key in table]
 
     def path(self, value: Any) -> Path:
-        """A file, relative to the configuration's folder."""
-        path = self._folder / text(value)
+        """A file, relative to the configuration's folder; or ``credential:NAME``, which systemd gave this service.
+
+        Source: systemd.exec(5), "LoadCredential".
+        """
+        scheme, colon, name = text(value).partition(":")
+        if colon and scheme == "credential":
+            if not self.credentials:
+                raise ValueError(
+                    f"{value} is a systemd credential, and $CREDENTIALS_DIRECTORY is not set here"
+                )
+            if not name or "/" in name or name in (".", ".."):
+                raise ValueError("a systemd credential is credential:NAME")
+            path = Path(self.credentials, name)
+        else:
+            path = self._folder / text(value)
         if not path.is_file():
             raise ValueError(f"there is no file {path}")
         return path
+
+    def secret(self, value: Any) -> str:
+        """The one line of a file that others cannot read."""
+        path = self.path(value)
+        status = path.stat()
+        if status.st_mode & (0o007 if is_credential(path) else 0o077):
+            raise ValueError(f"{path} can be read by others; change the password, then: chmod 600 {path}")
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_SECRET:
+            raise ValueError(f"{path} is not a file with one password")
+        try:
+            lines = path.read_text().splitlines()
+        except (OSError, UnicodeDecodeError):
+            raise ValueError(f"{path} cannot be read as text by this user") from None
+        if len(lines) != 1 or not lines[0]:
+            raise ValueError(f"{path} is not a file with one password on one line")
+        return lines[0]
+
+    def store(self, value: Any, password: str) -> str:
+        """A store's URL, with its password put in."""
+        try:
+            url = make_url(text(value))
+        except ArgumentError:
+            raise ValueError("is a URL such as postgresql://USER@HOST/DATABASE or sqlite:////PATH") from None
+        if url.drivername.partition("+")[0] == "sqlite":
+            path = self._folder / (url.database or "")
+            if not url.database or not path.is_file():
+                raise ValueError(f"there is no vault at {path}; `openkcm init` makes one")
+            return f"sqlite:///{path}"
+        if url.password is not None and not self._private:
+            raise ValueError(
+                "holds a password in a file that others can read: change it, and name a file with the new one in "
+                "store_password_file"
+            )
+        return url.set(password=password).render_as_string(hide_password=False) if password else text(value)
+
+
+def root_starts(value: Any) -> tuple[str, ...]:
+    """What roots begin with."""
+    if not isinstance(value, list) or not all(isinstance(each, str) and ":" in each for each in value):
+        raise ValueError('is a list of what URIs of roots begin with, such as ["aws-kms://", "local:"]')
+    return tuple(value)
 
 
 def text(value: Any) -> str:
@@ -165,10 +237,14 @@ def one_of(*choices: str) -> Callable[[Any], str]:
 _TIMES: Final = {
     "probe_interval": (MIN_PROBE, MAX_PROBE, PROBE_SECONDS),
     "grace": (0.0, MAX_GRACE, GRACE_SECONDS),
+    "store_grace": (0.0, MAX_GRACE, GRACE_SECONDS),
     "poll_interval": (0.01, 1.0, POLL_SECONDS),
     "drain": (0.0, 600.0, 10.0),
 }
 _BOUNDS: Final = {"connections": 100_000, "streams": 100_000, "calls": 65_536, "threads": 512}
+
+
+_MAX_SECRET: Final = 4096
 
 
 def read_config(path: Path) -> ServeConfig:
@@ -183,7 +259,7 @@ def read_config(path: Path) -> ServeConfig:
         raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} is not TOML: {error}") from None
-    reader = _Reader(path.absolute().parent)
+    reader = _Reader(path)
     config = _read(reader, document)
     if reader.mistakes:
         raise ConfigurationError(f"{path}: " + "; ".join(reader.mistakes))
@@ -195,8 +271,7 @@ def _read(reader: _Reader, document: dict[str, Any]) -> ServeConfig:
     tls, listen, limits = (reader.table(document, name) for name in ("tls", "listen", "limits"))
     files = [take(tls, f"tls.{name}", reader.path) for name in ("certificate", "key", "clients")]
     addresses = {name: take(listen, f"listen.{name}", address, "") for name in ("data", "grpc", "admin")}
-    if not any(addresses.values()):
-        reader.mistakes.append("listen.data is missing")
+    _check_addresses(reader, list(filter(None, addresses.values())))
     bounds = {
         name: take(limits, f"limits.{name}", number(1, most, int), getattr(Limits(), name))
         for name, most in _BOUNDS.items()
@@ -205,13 +280,16 @@ def _read(reader: _Reader, document: dict[str, Any]) -> ServeConfig:
         name: take(document, name, number(low, high), default)
         for name, (low, high, default) in _TIMES.items()
     }
+    password = take(document, "store_password_file", reader.secret, "")
+    password = password or os.environ.get("OPENKCM_STORE_PASSWORD", "")
     config = ServeConfig(
-        store=take(document, "store", text),
+        store=take(document, "store", lambda value: reader.store(value, password)),
         region=take(document, "region", lambda value: check_name(value, "region")),
         seal=take(document, "seal", reader.path, False) or None,
         tls=ServerTLS(*files),
         listen=Listen(**addresses),
         limits=Limits(**bounds),
+        roots=take(document, "roots", root_starts, CLOUD_ROOTS),
         log=take(document, "log", one_of("json", "text"), "json"),
         level=take(document, "level", one_of("debug", "info", "warning", "error"), "info"),
         **times,
@@ -220,4 +298,21 @@ def _read(reader: _Reader, document: dict[str, Any]) -> ServeConfig:
     reader.rest(listen, "listen.")
     reader.rest(limits, "limits.")
     reader.rest(document)
+    if all(files):
+        _check_tls(reader, config.tls)
     return config
+
+
+def _check_addresses(reader: _Reader, addresses: list[str]) -> None:
+    if not addresses:
+        reader.mistakes.append("listen.data is missing")
+    fixed = [each for each in addresses if not each.endswith(":0")]
+    if len(set(fixed)) != len(fixed):
+        reader.mistakes.append("listen: two interfaces have one address; each has a port of its own")
+
+
+def _check_tls(reader: _Reader, tls: ServerTLS) -> None:
+    try:
+        tls.load()
+    except ConfigurationError as error:
+        reader.mistakes.append(f"tls: {error}")

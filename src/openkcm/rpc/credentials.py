@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_pem_priv
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
 from ..errors import AccessDenied, ConfigurationError
+from ..systemd import is_credential
 
 MAX_CHAIN: Final = 8
 """Certificates that a peer may send."""
@@ -229,11 +230,12 @@ def _read_certificates(path: Path) -> list[x509.Certificate]:
 
 def _read_key(path: Path) -> Any:
     data, status = _read(path)
-    if status.st_uid != os.geteuid():
+    credential = is_credential(path)
+    if status.st_uid != os.geteuid() and not (credential and status.st_uid == 0):
         raise ConfigurationError(
             f"the private key {path} belongs to another user; chown it to the one that runs this"
         )
-    if status.st_mode & 0o077:
+    if status.st_mode & (0o007 if credential else 0o077):
         raise ConfigurationError(
             f"the private key {path} can be read by others; assume they have: replace it, and chmod 600 the new one"
         )

@@ -7,21 +7,16 @@ survive a fork: the child makes its own.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Final
-
-# See grpc_server: all that TLS can agree on then is 1.3.
-os.environ.setdefault("GRPC_SSL_CIPHER_SUITES", "ECDHE-PSK-CHACHA20-POLY1305")
-import grpc
 
 from ..errors import CoreUnavailable, InternalError, OpenKCMError
 from . import keys_pb2 as pb
 from . import wire
+from .tls13 import grpc
 from .transport import Stream
 
 OPTIONS: Final = (
-    ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", wire.MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 2_000),
@@ -47,6 +42,8 @@ class GrpcTransport:
         address: ``HOST:PORT``.
         credentials: private key, certificate chain and roots, each in PEM; asked for when the connection is made.
         server_name: what the server's certificate must be for, if not the host.
+        service: the gRPC service that is called.
+        most: the largest reply, in bytes.
     """
 
     def __init__(
@@ -54,10 +51,14 @@ class GrpcTransport:
         address: str,
         credentials: Callable[[], tuple[bytes, bytes, bytes]],
         server_name: str | None = None,
+        *,
+        service: str = wire.SERVICE_NAME,
+        most: int = wire.MAX_MESSAGE_BYTES,
     ) -> None:
         self.address = address
+        self._service = service
         key, chain, roots = credentials()
-        options: list[tuple[str, str | int]] = [*OPTIONS]
+        options: list[tuple[str, str | int]] = [*OPTIONS, ("grpc.max_receive_message_length", most)]
         if server_name is not None:
             options.append(("grpc.ssl_target_name_override", server_name))
         self._channel = grpc.secure_channel(
@@ -69,7 +70,7 @@ class GrpcTransport:
         """As ``Transport.call``."""
         call = self._calls.get(method)
         if call is None:
-            call = self._calls[method] = self._channel.unary_unary(f"/{wire.SERVICE_NAME}/{method}")
+            call = self._calls[method] = self._channel.unary_unary(f"/{self._service}/{method}")
         try:
             answer: bytes = call(request, timeout=seconds)
             return answer
@@ -80,9 +81,7 @@ class GrpcTransport:
 
     def stream(self, method: str, request: bytes) -> Stream:
         """As ``Transport.stream``."""
-        return GrpcStream(
-            self._channel.unary_stream(f"/{wire.SERVICE_NAME}/{method}")(request), self._translated
-        )
+        return GrpcStream(self._channel.unary_stream(f"/{self._service}/{method}")(request), self._translated)
 
     def close(self) -> None:
         """As ``Transport.close``."""

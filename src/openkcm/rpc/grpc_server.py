@@ -8,22 +8,18 @@ call that fails ends with a code, a Failure and nothing else.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, Protocol
 
-# gRPC's Python interface cannot set the lowest TLS version. Of TLS 1.2 it is left one cipher suite that takes a
-# pre-shared key, which nobody here has, so that TLS 1.3 is all that can be agreed on. To be set before gRPC is loaded.
-os.environ.setdefault("GRPC_SSL_CIPHER_SUITES", "ECDHE-PSK-CHACHA20-POLY1305")
-import grpc
-
 from ..errors import AccessDenied, CoreUnavailable, OpenKCMError
 from . import keys_pb2 as pb
 from . import wire
+from .certificates import Pem
 from .handlers import KeyHandlers
 from .peer import Peer, Peers
-from .streams import Streams
+from .streams import Streams, Subscriber
+from .tls13 import grpc
 
 logger = logging.getLogger("openkcm.rpc")
 
@@ -32,8 +28,6 @@ MOST_CALLS: Final = 256
 """Calls under way and waiting; more are turned away at once with RESOURCE_EXHAUSTED."""
 
 OPTIONS: Final = (
-    ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", wire.MAX_MESSAGE_BYTES),
     ("grpc.max_metadata_size", 16 * 1024),
     ("grpc.max_concurrent_streams", 256),
     ("grpc.so_reuseport", 0),
@@ -69,6 +63,9 @@ class Handlers(Protocol):
     def call(self, name: str, peer: Peer, data: bytes) -> bytes:
         """A request's bytes in, a reply's bytes out."""
 
+    def refused(self, error: Exception, name: str, peer: Peer | None) -> None:
+        """Note a call that failed before ``call`` could be called."""
+
 
 def status_of(error: BaseException) -> grpc.StatusCode:
     """The code of an error for those who know gRPC and not us."""
@@ -79,9 +76,13 @@ def status_of(error: BaseException) -> grpc.StatusCode:
     return _STATUS.get(error.code, grpc.StatusCode.INTERNAL)
 
 
-def abort(context: grpc.ServicerContext, error: BaseException) -> None:
+def abort(
+    context: grpc.ServicerContext,
+    error: BaseException,
+    failure_of: Callable[[BaseException], pb.Failure] = wire.failure_of,
+) -> None:
     """End a call with an error."""
-    failure = wire.failure_of(error)
+    failure = failure_of(error)
     context.set_trailing_metadata(((wire.FAILURE_KEY, failure.SerializeToString()),))
     context.abort(status_of(error), failure.message)
 
@@ -100,19 +101,41 @@ class Identifier:
         return self._peers.read(certificate[0], context.peer())
 
 
-def unary_handlers(service: str, handlers: Handlers, who: Identifier) -> grpc.GenericRpcHandler:
-    """A gRPC service of unary calls, bytes to bytes."""
+def unary_handlers(
+    service: str,
+    handlers: Handlers,
+    who: Identifier,
+    *,
+    failure_of: Callable[[BaseException], pb.Failure] = wire.failure_of,
+    pools: Mapping[str, ThreadPoolExecutor] | None = None,
+) -> grpc.GenericRpcHandler:
+    """A gRPC service of unary calls, bytes to bytes.
+
+    Args:
+        service: its full name.
+        handlers: carries the calls out.
+        who: tells who calls.
+        failure_of: what a caller is told of an error.
+        pools: the threads of those methods that are not to wait for the others'.
+    """
 
     def behaviour(name: str) -> Callable[[bytes, grpc.ServicerContext], bytes]:
         def call(data: bytes, context: grpc.ServicerContext) -> bytes:
+            peer = None
             try:
-                return handlers.call(name, who(context), data)
+                peer = who(context)
+                return handlers.call(name, peer, data)
             except Exception as error:
                 failed = error
+            if peer is None:
+                handlers.refused(failed, name, None)
             # Not in the handler above: what gRPC prints of an abort would show the error that led to it.
-            abort(context, failed)
+            abort(context, failed, failure_of)
             raise AssertionError  # abort has raised
 
+        if pools is not None and name in pools:
+            call.experimental_non_blocking = False  # type: ignore[attr-defined]
+            call.experimental_thread_pool = pools[name]  # type: ignore[attr-defined]
         return call
 
     methods = {name: grpc.unary_unary_rpc_method_handler(behaviour(name)) for name in handlers.methods}
@@ -148,8 +171,13 @@ class WatchHandler(grpc.GenericRpcHandler):  # type: ignore[misc]  # gRPC has no
             subscriber = self._streams.open(peer, wire.parse(pb.WatchRequest.FromString, data))
         except Exception as error:
             self._handlers.refused(error, "Watch", peer)
-            abort(context, error)
+            failed = error
+        else:
+            yield from self._follow(peer, subscriber, context)
             return
+        abort(context, failed)
+
+    def _follow(self, peer: Peer, subscriber: Subscriber, context: grpc.ServicerContext) -> Iterator[bytes]:
         context.add_callback(subscriber.close)
         try:
             while (reply := subscriber.take()) is not None:
@@ -162,28 +190,43 @@ class WatchHandler(grpc.GenericRpcHandler):  # type: ignore[misc]  # gRPC has no
 
 
 def make_server(
-    handlers: Sequence[grpc.GenericRpcHandler], *, threads: int = THREADS, most_calls: int = MOST_CALLS
+    handlers: Sequence[grpc.GenericRpcHandler],
+    *,
+    threads: int = THREADS,
+    most_calls: int = MOST_CALLS,
+    largest: tuple[int, int] = (wire.MAX_MESSAGE_BYTES, wire.MAX_MESSAGE_BYTES),
 ) -> grpc.Server:
-    """A gRPC server with the bounds that all of ours have."""
+    """A gRPC server with the bounds that all of ours have.
+
+    Args:
+        handlers: its services.
+        threads: that carry calls out.
+        most_calls: under way and waiting; more are turned away.
+        largest: request and reply, in bytes.
+    """
+    receive, send = largest
     return grpc.server(
         ThreadPoolExecutor(threads, thread_name_prefix="openkcm-call"),
         handlers=handlers,
-        options=OPTIONS,
+        options=(
+            *OPTIONS,
+            ("grpc.max_receive_message_length", receive),
+            ("grpc.max_send_message_length", send),
+        ),
         maximum_concurrent_rpcs=most_calls,
     )
 
 
-def server_credentials(
-    fetch: Callable[[], tuple[bytes, bytes, bytes]],
-) -> grpc.ServerCredentials:
+def server_credentials(fetch: Callable[[], Pem]) -> grpc.ServerCredentials:
     """Credentials that are asked for anew at each handshake, so that certificates can be replaced.
 
     Args:
-        fetch: the private key, the certificate chain and the roots of clients, each in PEM.
+        fetch: the private key, the certificate chain and the roots of clients, each in PEM; what cannot be used must
+            not come from here.
     """
     last = fetch()
 
-    def configuration(parts: tuple[bytes, bytes, bytes]) -> Any:
+    def configuration(parts: Pem) -> Any:
         key, chain, roots = parts
         return grpc.ssl_server_certificate_configuration([(key, chain)], roots)
 

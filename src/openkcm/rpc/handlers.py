@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 from ..core import Core
 from ..crypto import open_keys, seal_keys
 from ..errors import AccessDenied, InvalidInput, OpenKCMError, ServiceNotFound
-from ..keys import Change, Event, Service, Verb, check_name
+from ..keys import EVERY, Change, Event, Service, Verb, check_name
 from . import keys_pb2 as pb
 from . import wire
 from .denials import Denials
@@ -132,6 +132,9 @@ class KeyHandlers:
     # ---- the calls ----------------------------------------------------------------------------------
 
     def _open_channel(self, peer: Peer, hello: pb.ChannelHello) -> pb.ChannelReply:
+        # A session takes secret memory, which only those are given who may put a data key across.
+        if not self.core.access.sees(peer.identity, EVERY):
+            raise AccessDenied(wire.REFUSED)
         said = ChannelHello(
             hello.lowest_version,
             hello.highest_version,

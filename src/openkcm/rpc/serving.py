@@ -9,19 +9,34 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Final
 
 from ..core import Core
-from . import wire
+from ..systemd import notify
+from . import admin_handlers, admin_messages, grpc_server, wire
+from .certificates import Certificates
 from .config import ServeConfig
 from .denials import Denials
+from .failures import Answers, Logged
 from .frame_server import Bounds, FrameServer
 from .handlers import KeyHandlers
-from .session import Credentials, SessionTable
+from .session import SessionTable
 from .streams import Streams
 
 logger = logging.getLogger("openkcm.rpc")
+
+ADMIN_THREADS: Final = 4
+ADMIN_CALLS: Final = 64
+"""Administrative calls under way and waiting; most wait for a root or the store."""
+
+LAST_WORDS_SECONDS: Final = 0.25
+"""For answers on their way, when the last call was carried out."""
+
+KILL_THREADS: Final = 2
+"""A kill waits for no other call."""
 
 
 class CoreServer:
@@ -37,37 +52,40 @@ class CoreServer:
 
     def __init__(self, config: ServeConfig) -> None:
         self.config = config
-        tls = config.tls
-        self._credentials = Credentials.load(tls.certificate, tls.key, tls.clients)
-        self.core = Core.open(
-            config.store,
-            seal=config.seal,
-            region=config.region,
-            poll_interval=config.poll_interval,
-            probe_interval=config.probe_interval,
-            grace=config.grace,
-        )
-        self.denials = Denials(lambda line: self.core.note("refused", line))
-        self.streams = Streams(self.core, config.limits.streams)
-        self.handlers = KeyHandlers(self.core, self._credentials, SessionTable(), self.denials)
-        self._watchers = ThreadPoolExecutor(config.limits.streams, thread_name_prefix="openkcm-stream")
+        self._stopping = threading.Lock()
+        self._stopped = False
         self._frames: FrameServer | None = None
         self._servers: list[Any] = []
         self._health: list[Any] = []
+        self._calls: list[Logged] = []
         self.ports: dict[str, int] = {}
-        self._stopping = threading.Lock()
-        self._stopped = False
+        self.certificates = Certificates(config.tls)
+        try:
+            self.core = self._open_core()
+        except BaseException:
+            self.certificates.close()
+            raise
+        self.denials = Denials(lambda line: self.core.note("refused", line))
+        self.streams = Streams(self.core, config.limits.streams)
+        self.handlers = KeyHandlers(self.core, self.certificates.credentials, SessionTable(), self.denials)
+        self.certificates.listen(self._take_up)
+        self._watchers = ThreadPoolExecutor(config.limits.streams, thread_name_prefix="openkcm-stream")
+        self._killers = ThreadPoolExecutor(KILL_THREADS, thread_name_prefix="openkcm-kill")
 
     def start(self) -> None:
         """Listen on every address of the configuration."""
+        listen = self.config.listen
         try:
-            if self.config.listen.data:
-                self.ports["data"] = self._start_frames(self.config.listen.data)
-            if self.config.listen.grpc:
-                self.ports["grpc"] = self._start_grpc(self.config.listen.grpc)
+            if listen.data:
+                self.ports["data"] = self._start_frames(listen.data)
+            if listen.grpc:
+                self.ports["grpc"] = self._start_grpc(listen.grpc)
+            if listen.admin:
+                self.ports["admin"] = self._start_admin(listen.admin)
         except BaseException:
             self.stop(0)
             raise
+        notify("READY=1")
 
     def stop(self, drain: float | None = None) -> None:
         """End: no new calls; those under way have ``drain`` seconds; then everything is closed. Idempotent."""
@@ -75,52 +93,119 @@ class CoreServer:
             if self._stopped:
                 return
             self._stopped = True
+            notify("STOPPING=1")
             seconds = self.config.drain if drain is None else drain
             for health in self._health:
                 health.enter_graceful_shutdown()
-            self.streams.close()
-            if self._frames is not None:
-                self._frames.stop(seconds)
-            for ended in [server.stop(seconds) for server in self._servers]:
+            ends = [server.stop(seconds) for server in self._servers]
+            frames = threading.Thread(target=self._stop_frames, args=(seconds,), name="openkcm-drain")
+            frames.start()
+            self.streams.close()  # only now: who is told to look elsewhere must not come back here
+            self._await_calls(seconds)
+            # What is left are streams of others, as of health checks, which end only when they are ended.
+            for server in self._servers:
+                server.stop(min(seconds, LAST_WORDS_SECONDS))
+            for ended in ends:
                 ended.wait(seconds + 5)
-            self._watchers.shutdown(wait=False, cancel_futures=True)
+            frames.join(seconds + 5)
+            for threads in (self._watchers, self._killers):
+                threads.shutdown(wait=False, cancel_futures=True)
             self.denials.close()
+            self.certificates.close()
             self.handlers.close()
             self.core.close()
+
+    def note_handshake(self, reason: str) -> None:
+        """Have a handshake that failed recorded among the refusals."""
+        self.denials.note("", f"TLS handshake ({reason})")
+
+    # ---- inside --------------------------------------------------------------------------------------
+
+    def _open_core(self) -> Core:
+        config = self.config
+        return Core.open(
+            config.store,
+            seal=config.seal,
+            region=config.region,
+            poll_interval=config.poll_interval,
+            probe_interval=config.probe_interval,
+            grace=config.grace,
+            store_grace=config.store_grace,
+            create=False,  # a mistyped store must not quietly become a new vault
+        )
+
+    def _take_up(self, credentials: Any) -> None:
+        self.handlers.credentials = credentials
+
+    def _await_calls(self, seconds: float) -> None:
+        """Wait until no call has been under way for a moment."""
+        until, quiet = time.monotonic() + seconds, 0
+        while time.monotonic() < until and quiet < 3:
+            quiet = 0 if any(each.under_way for each in self._calls) else quiet + 1
+            time.sleep(0.02)
+
+    def _logged(self, handlers: Answers) -> Logged:
+        logged = Logged(handlers)
+        self._calls.append(logged)
+        return logged
+
+    def _stop_frames(self, seconds: float) -> None:
+        if self._frames is not None:
+            self._frames.stop(seconds)
 
     def _start_frames(self, address: str) -> int:
         limits = self.config.limits
         bounds = Bounds(connections=limits.connections, threads=limits.threads, waiting=limits.calls)
         self._frames = FrameServer(
-            address, self.config.tls.pem, self.handlers, self.streams, self.denials, bounds
+            address, self.certificates.pem, self._logged(self.handlers), self.streams, self.denials, bounds
         )
         self._frames.start()
         return self._frames.port
 
     def _start_grpc(self, address: str) -> int:
+        limits, who = self.config.limits, grpc_server.Identifier()
+        server = grpc_server.make_server(
+            [
+                grpc_server.unary_handlers(wire.SERVICE_NAME, self._logged(self.handlers), who),
+                grpc_server.WatchHandler(self.handlers, self.streams, who, self._watchers),
+            ],
+            threads=limits.threads,
+            most_calls=limits.calls + limits.streams,
+        )
+        return self._serve(server, address, (wire.SERVICE_NAME,))
+
+    def _start_admin(self, address: str) -> int:
+        handlers = admin_handlers.AdminHandlers(self.core, self.denials, self.config.roots)
+        server = grpc_server.make_server(
+            [
+                grpc_server.unary_handlers(
+                    admin_handlers.SERVICE_NAME,
+                    self._logged(handlers),
+                    grpc_server.Identifier(),
+                    failure_of=admin_messages.failure_of,
+                    pools={"KillTenant": self._killers},
+                )
+            ],
+            threads=ADMIN_THREADS,
+            most_calls=ADMIN_CALLS,
+            largest=(admin_handlers.MAX_REQUEST_BYTES, admin_handlers.MAX_REPLY_BYTES),
+        )
+        return self._serve(server, address, (admin_handlers.SERVICE_NAME,))
+
+    def _serve(self, server: Any, address: str, services: Sequence[str]) -> int:
+        """Add what every port has, listen, and only then call it healthy."""
         from grpc_health.v1 import health, health_pb2, health_pb2_grpc
         from grpc_reflection.v1alpha import reflection
 
-        from . import grpc_server
-
-        who = grpc_server.Identifier()
-        server = grpc_server.make_server(
-            [
-                grpc_server.unary_handlers(wire.SERVICE_NAME, self.handlers, who),
-                grpc_server.WatchHandler(self.handlers, self.streams, who, self._watchers),
-            ],
-            threads=self.config.limits.threads,
-            most_calls=self.config.limits.calls + self.config.limits.streams,
-        )
         servicer = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-        reflection.enable_server_reflection(
-            (wire.SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-        )
-        credentials = grpc_server.server_credentials(self.config.tls.pem)
+        names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        credentials = grpc_server.server_credentials(self.certificates.pem)
         port = grpc_server.listen(server, address, credentials)
         server.start()
-        servicer.set(wire.SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
+        for name in services:
+            servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._servers.append(server)
         self._health.append(servicer)
         return port
