@@ -8,13 +8,21 @@ of its keys.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 
 from ..core import Core
-from ..crypto import open_keys, seal_keys
-from ..errors import AccessDenied, InvalidInput, OpenKCMError, ServiceNotFound
+from ..crypto import Channel, open_keys, seal_keys
+from ..errors import (
+    AccessDenied,
+    ChannelExpired,
+    InvalidInput,
+    OpenKCMError,
+    SecretMemoryError,
+    ServiceNotFound,
+)
 from ..keys import EVERY, Change, Event, Service, Verb, check_name
 from . import keys_pb2 as pb
 from . import wire
@@ -25,6 +33,17 @@ from .session import ChannelHello, Credentials, SessionTable, answer
 logger = logging.getLogger("openkcm.rpc")
 
 DATA_VERBS: Final = (Verb.WRAP, Verb.UNWRAP, Verb.SHRED)
+
+
+@contextlib.contextmanager
+def alive(channel: Channel) -> Iterator[None]:
+    """Say of a session that ended between look-up and use what is said of any that is over."""
+    try:
+        yield
+    except SecretMemoryError:
+        if channel.wiped:
+            raise ChannelExpired from None
+        raise
 
 
 class Method(NamedTuple):
@@ -165,7 +184,8 @@ class KeyHandlers:
         kind, ids = wire.kind_of(request.kind), request.ids
         channel = self._sessions.find(request.session, peer.leaf)
         bound = wire.wrap_bound(request.session, service.service_id, kind, ids)
-        keys = open_keys(channel, request.sealed_keys, bound)
+        with alive(channel):
+            keys = open_keys(channel, request.sealed_keys, bound)
         try:
             wrapped = self.core.wrap_keys(service, keys, kind, ids)
         finally:
@@ -181,7 +201,8 @@ class KeyHandlers:
         keys, failures, lease = self.core.unwrap_keys(service, wrapped)
         try:
             bound = wire.unwrap_bound(request.session, request.nonce, service.service_id, wrapped)
-            sealed = seal_keys(channel, keys, bound)
+            with alive(channel):
+                sealed = seal_keys(channel, keys, bound)
         finally:
             keys.wipe()
         return pb.UnwrapKeysReply(
