@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import ipaddress
 import os
 import pickle
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from certificates import CLIENT, HOUR, NOW, SERVER, Authority, key_of
@@ -196,6 +197,7 @@ HELLOS: dict[str, Callable[[ChannelHello], ChannelHello]] = {
 def test_an_altered_hello_is_refused(change: str) -> None:
     _, hello = begin(ONE)
     altered = HELLOS[change](hello)
+    gc.collect()
     before = crypto.secret_memory_info()["handles"]
     refused_alike(lambda: answer(CORE, altered, ONE.leaf))
     refused_alike(lambda: answer(CORE, altered))
@@ -293,6 +295,7 @@ def test_a_lifetime_is_bounded() -> None:
 FIELDS = st.one_of(st.binary(max_size=80), st.sampled_from([ONE.leaf, TWO.leaf, CORE.leaf]))
 
 
+@settings(deadline=None)
 @given(
     lowest=st.integers(0, 1 << 32),
     highest=st.integers(0, 1 << 32),
@@ -308,6 +311,7 @@ def test_no_hello_does_anything_else(
         refused_alike(lambda leaf=leaf: answer(CORE, hello, leaf))
 
 
+@settings(deadline=None)
 @given(
     version=st.integers(0, 1 << 32),
     session=st.binary(max_size=20),

@@ -158,8 +158,26 @@ def test_sessions_are_wiped_when_nobody_comes() -> None:
     table.close()
 
 
+def test_sessions_are_kept_where_no_thread_can_be_had(
+    table: SessionTable, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(timer: threading.Timer) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Timer, "start", start)
+    (made,) = add(table, ONE, b"a")
+    assert table.find(b"a", ONE) is made
+    clock.now += 600
+    add(table, ONE, b"b")
+    assert made.wiped
+    monkeypatch.undo()
+    add(table, ONE, b"c")
+    assert table._timer is not None
+
+
 def test_a_timer_keeps_no_table_alive() -> None:
     table = SessionTable()
+    gc.collect()
     before = crypto.secret_memory_info()["handles"]
     add(table, ONE, b"a")
     gone, timer = weakref.ref(table), table._timer

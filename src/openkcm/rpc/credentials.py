@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.hashes import SHA256, SHA384, HashAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
@@ -190,6 +190,13 @@ def _is_strong(key: Any) -> bool:
     if isinstance(key, rsa.RSAPublicKey):
         return 2048 <= key.key_size <= 8192
     return isinstance(key, ed25519.Ed25519PublicKey)
+
+
+def _belongs(key: Any, certificate: x509.Certificate) -> bool:
+    try:
+        return bool(key.public_key() == certificate.public_key())
+    except (ValueError, UnsupportedAlgorithm):
+        return False  # the certificate's is of a kind that is not known, and the key's is
 
 
 def _parsed(certificates: Sequence[bytes]) -> list[x509.Certificate]:

@@ -11,6 +11,7 @@ by byte.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import threading
@@ -396,9 +397,12 @@ class SessionTable:
         """Have a timer wipe the oldest when it is over, where no new session comes to do it."""
         if self._timer is None and self._kept:
             until = next(iter(self._kept.values())).until
-            self._timer = threading.Timer(max(until - now, 0.05), _ring, (weakref.ref(self),))
-            self._timer.daemon = True
-            self._timer.start()
+            timer = threading.Timer(max(until - now, 0.05), _ring, (weakref.ref(self),))
+            timer.daemon = True
+            # Where no thread can be had, the next new session wipes what is over; nobody finds it in the meantime.
+            with contextlib.suppress(RuntimeError):
+                timer.start()
+                self._timer = timer
 
     def _rung(self) -> None:
         with self._lock:
