@@ -55,6 +55,8 @@ WORKS = {
     "open a short record": "cipher.open_one(keys, 0, b'', sealed[64])",
     "open a longer record": "cipher.open_one(keys, 0, b'', sealed[1500])",
     "open a long record": "cipher.open_one(keys, 0, b'', sealed[100_000])",
+    "open under a key that is kept": "cipher.open_one(keys.keep(0), 0, b'', sealed[1500])",
+    "keep a key": "keys.keep(0).wipe()",
     "open a batch": "cipher.open_many(keys, None, b'', many, False)",
     "refuse a record": "cipher.open_one(keys, 0, b'another', sealed[1500])",
     "wrap": "crypto.wrap_many(parent, keys, b'')",

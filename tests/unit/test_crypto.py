@@ -85,6 +85,24 @@ def test_counts_are_bounded() -> None:
     assert len(crypto.generate_keys(MAX_KEYS_PER_CALL)) == MAX_KEYS_PER_CALL
 
 
+@pytest.mark.parametrize("size", [0, 1, 64, 500, 2048, 2049, 100_000])
+def test_a_kept_key_opens_what_the_key_does(size: int) -> None:
+    """Also more than once, and after the keys it was copied from are gone; not once it is wiped."""
+    keys = crypto.import_keys(b"".join(known(2)))
+    record = os.urandom(size)
+    blob = cipher().seal_one(keys, 1, 1, bytes(144), b"context", record)
+    kept = keys.keep(1)
+    refused(lambda: keys.keep(2), InvalidInput)
+    keys.wipe()
+    for _ in range(3):
+        assert cipher().open_one(kept, 0, b"context", blob) == record
+        assert cipher().open_one(kept, 0, b"another", blob) is None
+        assert cipher().open_one(kept, 0, b"context", blob[:-1] + bytes([blob[-1] ^ 1])) is None
+    refused(lambda: cipher().open_one(kept, 1, b"context", blob), InvalidInput)
+    kept.wipe()
+    refused(lambda: cipher().open_one(kept, 0, b"context", blob), SecretMemoryError)
+
+
 def test_select_copies_in_order() -> None:
     keys = crypto.import_keys(b"".join(known()))
     parent = crypto.generate_wrapping_key()

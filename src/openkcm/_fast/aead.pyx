@@ -11,14 +11,15 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromSt
 from cpython.dict cimport PyDict_GetItem
 from cpython.list cimport PyList_GET_ITEM
 from cpython.object cimport PyObject
+from cpython.tuple cimport PyTuple_GetItem
 from libc.stdint cimport uint8_t, uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
 from .batch cimport ALONE, Batch, Item, bound_size, pin
 from .gcm cimport (
-    Gcm, gcm_begin, gcm_end, gcm_open, gcm_open_end, gcm_part, gcm_seal, gcm_seal_end, gcm_start, okc_is_zero32,
-    random_public,
+    Gcm, gcm_begin, gcm_begin_made, gcm_end, gcm_open, gcm_open_end, gcm_part, gcm_seal, gcm_seal_end, gcm_start,
+    okc_is_zero32, okc_wipe, random_public,
 )
 from .openssl cimport *
 from .secret cimport *
@@ -26,6 +27,18 @@ from .secret cimport *
 cdef enum:
     PARALLEL_BYTES = 16384          # below this, releasing the GIL costs more than it gives
     NONCE_BATCH = 1024              # record nonces drawn at a time within a batch
+
+cdef extern from "native.h" nogil:
+    double okc_awake_seconds()
+
+cdef object known_clock = None
+
+
+def install_clock(clock):
+    """Say which Python callable is CLOCK_BOOTTIME in seconds: to read it here costs a third."""
+    global known_clock
+    known_clock = clock
+
 
 MAX_RECORD = 2**31 - 1024
 cdef uint8_t[COMMITMENT] ZEROS
@@ -238,27 +251,32 @@ cdef class RecordCipher:
         """Open one record; None when it does not verify."""
         return self.open_alone(keys, position, context, blob)
 
-    def open_kept(self, dict kept not None, double now, bytes context not None, blob):
+    def open_kept(self, dict kept not None, double stands, clock, bytes context not None, blob):
         """Open one record under the key that is kept for its version and middle; None if there is none to be had.
 
-        ``kept`` maps what ``place`` returns to (keys, since, until): a key is used before ``until``. What does not
-        verify, or was wiped meanwhile, is None too: the caller finds out the long way.
+        ``kept`` maps what ``place`` returns to tuples of (keys, since, until), in seconds of ``clock``: a key is used before
+        ``until``, and none from ``stands`` on. What does not verify, or was wiped meanwhile, is None too: the caller finds
+        out the long way.
         """
+        cdef double now = okc_awake_seconds() if clock is known_clock else clock()
+        if now >= stands:
+            return None
         place = self.place(blob)
         cdef PyObject *found = NULL if place is None else PyDict_GetItem(kept, place)
         if found == NULL:
             return None
-        keys, _, until = <object>found
-        if now >= <double>until:
+        entry = <object>found
+        if now >= <double><object>PyTuple_GetItem(entry, 2):
             return None
         try:
-            return self.open_alone(<SecretKeys?>keys, 0, context, blob)
+            return self.open_alone(<SecretKeys?><object>PyTuple_GetItem(entry, 0), 0, context, blob)
         except Exception as error:
             if not isinstance(error, memory_error()):
                 raise
             return None
 
     cdef object open_alone(self, SecretKeys keys, Py_ssize_t position, bytes context, blob):
+        """Open one record under the key at a position, which is the only one if its schedule is kept."""
         cdef Item item
         cdef uint8_t scratch[SMALL + COMMITMENT]
         cdef list held = None
@@ -276,7 +294,12 @@ cdef class RecordCipher:
         item.context = <const uint8_t *>PyBytes_AS_STRING(context)
         item.context_size = bound_size(context)
         key = keys.enter_at(position)
-        if gcm_begin(&cipher, False, True) == DONE:
+        if keys.schedule != NULL:
+            status = gcm_begin_made(&cipher, False, keys.schedule)
+            key = NULL
+        else:
+            status = gcm_begin(&cipher, False, True)
+        if status == DONE:
             if item.size < PARALLEL_BYTES:
                 status = self.open(&cipher, key, &item, scratch)
             else:
@@ -409,7 +432,7 @@ cdef class RecordCipher:
 
 
 cdef inline void wipe_scratch(uint8_t *scratch, Py_ssize_t size) noexcept nogil:
-    OPENSSL_cleanse(scratch, <size_t>(COMMITMENT + (size if size < SMALL else <Py_ssize_t>SMALL)))
+    okc_wipe(scratch, <size_t>(COMMITMENT + (size if size < SMALL else <Py_ssize_t>SMALL)))
 
 
 # ---- for test vectors only: nothing in the package calls these ------------------------------------------

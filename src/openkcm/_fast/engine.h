@@ -223,6 +223,7 @@ typedef struct {
 typedef struct {
     uint8_t key[OKC_GCM_KEY_ROOM] __attribute__((aligned(64)));
     uint8_t state[OKC_GCM_STATE_ROOM] __attribute__((aligned(64)));
+    const uint8_t *schedule;            /* of the key that is set: `key` above, or one that is kept elsewhere */
     const okc_method *method;           /* of the key that is set; NULL while none is, or with EVP */
     size_t used;                        /* bytes of key that were written so far */
     EVP_CIPHER_CTX *evp;                /* NULL with libIPSec_MB */

@@ -9,6 +9,7 @@ cdef extern from "engine.h" nogil:
     bint okc_same_tag(const uint8_t *first, const uint8_t *second)
     void okc_spoil(uint8_t *computed, const uint8_t *tag)
     bint okc_is_zero32(const uint8_t *data)
+    void okc_wipe(void *place, size_t size)
     void okc_copy(uint8_t *target, const uint8_t *source, size_t size)
     bint okc_same(const uint8_t *first, const uint8_t *second, size_t size)
 
@@ -28,6 +29,7 @@ cdef extern from "engine.h" nogil:
     ctypedef struct Gcm "okc_gcm":
         uint8_t *key
         uint8_t *state
+        const uint8_t *schedule
         const Method *method
         size_t used
         EVP_CIPHER_CTX *evp
@@ -37,7 +39,12 @@ cdef extern from "engine.h" nogil:
 
 # A cipher lives on the stack of one call: begin it, use it, end it. `brief` says that each key serves one record.
 cdef int gcm_begin(Gcm *cipher, bint encrypt, bint brief) noexcept nogil
+cdef int gcm_begin_made(Gcm *cipher, bint encrypt, const uint8_t *schedule) noexcept nogil
 cdef void gcm_end(Gcm *cipher) noexcept nogil
+
+# A schedule that is kept beside its key: how many bytes it has (0 where the engine keeps its own), and making it.
+cdef size_t gcm_schedule_bytes() noexcept nogil
+cdef void gcm_make_schedule(const uint8_t *key, uint8_t *schedule) noexcept nogil
 
 # In one call; a null key keeps the one before. The tag of gcm_open is what was received.
 cdef int gcm_seal(Gcm *cipher, const uint8_t *key, const uint8_t *nonce, const uint8_t *aad, int aad_size,
@@ -50,7 +57,7 @@ cdef inline int gcm_seal_kept(Gcm *cipher, const uint8_t *nonce, const uint8_t *
                               const uint8_t *data, int size, uint8_t *tag) noexcept nogil:
     if cipher.method == NULL:
         return gcm_seal(cipher, NULL, nonce, aad, aad_size, output, data, size, tag)
-    cipher.method.enc(cipher.key, cipher.state, output, data, <uint64_t>size, nonce, aad, <uint64_t>aad_size, tag, 16)
+    cipher.method.enc(cipher.schedule, cipher.state, output, data, <uint64_t>size, nonce, aad, <uint64_t>aad_size, tag, 16)
     return 1
 
 
@@ -60,7 +67,7 @@ cdef inline int gcm_open_kept(Gcm *cipher, const uint8_t *nonce, const uint8_t *
     if cipher.method == NULL:
         return gcm_open(cipher, NULL, nonce, aad, aad_size, output, data, size, tag)
     okc_spoil(computed, tag)
-    cipher.method.dec(cipher.key, cipher.state, output, data, <uint64_t>size, nonce, aad, <uint64_t>aad_size, computed, 16)
+    cipher.method.dec(cipher.schedule, cipher.state, output, data, <uint64_t>size, nonce, aad, <uint64_t>aad_size, computed, 16)
     return okc_same_tag(computed, tag)
 
 

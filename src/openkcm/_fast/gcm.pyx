@@ -37,7 +37,6 @@ cdef extern from "engine.h" nogil:
 
     const Libcrypto okc_linked
     size_t OKC_GCM_STATE_ROOM
-    void okc_wipe(void *place, size_t size)
     void okc_wipe_stack()
     int okc_vectors()
     void okc_wipe_registers(int vectors)
@@ -83,6 +82,26 @@ cdef int gcm_begin(Gcm *cipher, bint encrypt, bint brief) noexcept nogil:
     return 1 if status == 1 else -1
 
 
+cdef int gcm_begin_made(Gcm *cipher, bint encrypt, const uint8_t *schedule) noexcept nogil:
+    """Make a cipher with the key of a schedule of ``gcm_make_schedule``, which stays where it is."""
+    cipher.method = &kept_method
+    cipher.schedule = schedule
+    cipher.used = 0
+    cipher.evp = NULL
+    cipher.encrypt = encrypt
+    cipher.brief = False
+    return 1
+
+
+cdef size_t gcm_schedule_bytes() noexcept nogil:
+    return kept_method.key_bytes if wide else 0
+
+
+cdef void gcm_make_schedule(const uint8_t *key, uint8_t *schedule) noexcept nogil:
+    kept_method.pre(key, schedule)
+    okc_wipe_registers(vectors)
+
+
 cdef void gcm_end(Gcm *cipher) noexcept nogil:
     """Cleanse the schedule and what is left of the last record, here and where the engine worked."""
     if cipher.method != NULL:
@@ -102,6 +121,7 @@ cdef inline bint set_key(Gcm *cipher, const uint8_t *key, bint brief) noexcept n
         cipher.method = &brief_method if brief else &kept_method
         cipher.used = cipher.method.key_bytes if cipher.method.key_bytes > cipher.used else cipher.used
         cipher.method.pre(key, cipher.key)
+        cipher.schedule = cipher.key
     return cipher.method != NULL
 
 
@@ -110,7 +130,7 @@ cdef int gcm_seal(Gcm *cipher, const uint8_t *key, const uint8_t *nonce, const u
     if cipher.evp == NULL:
         if not set_key(cipher, key, cipher.brief and size <= BRIEF_BYTES):
             return -1
-        cipher.method.enc(cipher.key, cipher.state, output, data, <uint64_t>size, nonce, aad,
+        cipher.method.enc(cipher.schedule, cipher.state, output, data, <uint64_t>size, nonce, aad,
                           <uint64_t>aad_size, tag, TAG)
         return 1
     if gcm_start(cipher, key, nonce, aad, aad_size) != 1 or gcm_part(cipher, output, data, size) != 1:
@@ -125,7 +145,7 @@ cdef int gcm_open(Gcm *cipher, const uint8_t *key, const uint8_t *nonce, const u
         if not set_key(cipher, key, cipher.brief and size <= BRIEF_BYTES):
             return -1
         okc_spoil(computed, tag)
-        cipher.method.dec(cipher.key, cipher.state, output, data, <uint64_t>size, nonce, aad,
+        cipher.method.dec(cipher.schedule, cipher.state, output, data, <uint64_t>size, nonce, aad,
                           <uint64_t>aad_size, computed, TAG)
         return okc_same_tag(computed, tag)
     if gcm_start(cipher, key, nonce, aad, aad_size) != 1 or gcm_part(cipher, output, data, size) != 1:
@@ -139,7 +159,7 @@ cdef int gcm_start(Gcm *cipher, const uint8_t *key, const uint8_t *nonce, const 
     if cipher.evp == NULL:
         if not set_key(cipher, key, False):
             return -1
-        cipher.method.init(cipher.key, cipher.state, nonce, aad, <uint64_t>aad_size)
+        cipher.method.init(cipher.schedule, cipher.state, nonce, aad, <uint64_t>aad_size)
         return 1
     if cipher.encrypt:
         if lib.EVP_EncryptInit_ex(cipher.evp, NULL, NULL, key, nonce) != 1:
@@ -160,9 +180,9 @@ cdef int gcm_part(Gcm *cipher, uint8_t *output, const uint8_t *data, int size) n
         return 1
     if cipher.evp == NULL:
         if cipher.encrypt:
-            cipher.method.enc_update(cipher.key, cipher.state, output, data, <uint64_t>size)
+            cipher.method.enc_update(cipher.schedule, cipher.state, output, data, <uint64_t>size)
         else:
-            cipher.method.dec_update(cipher.key, cipher.state, output, data, <uint64_t>size)
+            cipher.method.dec_update(cipher.schedule, cipher.state, output, data, <uint64_t>size)
         return 1
     if cipher.encrypt:
         return 1 if lib.EVP_EncryptUpdate(cipher.evp, output, &written, data, size) == 1 else -1
@@ -172,7 +192,7 @@ cdef int gcm_part(Gcm *cipher, uint8_t *output, const uint8_t *data, int size) n
 cdef int gcm_seal_end(Gcm *cipher, uint8_t *tag) noexcept nogil:
     cdef int written
     if cipher.evp == NULL:
-        cipher.method.enc_end(cipher.key, cipher.state, tag, TAG)
+        cipher.method.enc_end(cipher.schedule, cipher.state, tag, TAG)
         return 1
     if lib.EVP_EncryptFinal_ex(cipher.evp, tag, &written) != 1:
         return -1
@@ -186,7 +206,7 @@ cdef int gcm_open_end(Gcm *cipher, const uint8_t *tag) noexcept nogil:
     cdef uint8_t computed[TAG]
     if cipher.evp == NULL:
         okc_spoil(computed, tag)
-        cipher.method.dec_end(cipher.key, cipher.state, computed, TAG)
+        cipher.method.dec_end(cipher.schedule, cipher.state, computed, TAG)
         return okc_same_tag(computed, tag)
     cipher.tag[0].data = <void *>tag
     if lib.EVP_CIPHER_CTX_set_params(cipher.evp, cipher.tag) != 1:

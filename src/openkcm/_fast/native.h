@@ -14,6 +14,7 @@
 #include <signal.h>
 #include <stdint.h>
 #include <string.h>
+#include <time.h>
 #include <openssl/crypto.h>
 #include <openssl/evp.h>
 
@@ -118,5 +119,17 @@ static inline int okc_aes256_block(const uint8_t *schedule, const uint8_t *input
 static inline int okc_atomic_add(int *value, int amount) { return __atomic_add_fetch(value, amount, __ATOMIC_SEQ_CST); }
 static inline int okc_atomic_get(int *value) { return __atomic_load_n(value, __ATOMIC_SEQ_CST); }
 static inline int okc_atomic_swap(int *value, int next) { return __atomic_exchange_n(value, next, __ATOMIC_SEQ_CST); }
+
+/* ---- time ---------------------------------------------------------------------------------------------------- */
+
+/* Seconds that grow while the machine is suspended too; only asked for where there is such a clock. */
+static inline double okc_awake_seconds(void)
+{
+    struct timespec now = {0, 0};
+#ifdef CLOCK_BOOTTIME
+    clock_gettime(CLOCK_BOOTTIME, &now);
+#endif
+    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+}
 
 #endif

@@ -16,6 +16,7 @@ cdef enum:
     KEY = 32
     NONCE = 12
     TAG = 16
+    SCHEDULE = 48                   # where it lies in its slot: that is aligned to 64 bytes, as some engines want it
     XAES_NONCE = 24
     WRAPPED = 72
     KEY_ID = 16
@@ -33,6 +34,7 @@ cdef class Secret:
 
 cdef class SecretKeys(Secret):
     cdef Py_ssize_t count
+    cdef const uint8_t *schedule    # of the only key, in the same slot; or NULL
     cdef uint8_t *enter_at(self, Py_ssize_t position) except NULL
 
 cdef class WrappingKey(Secret):

@@ -13,7 +13,7 @@ from libc.string cimport memcpy, memset
 from posix.unistd cimport read, write
 
 from .arena cimport OK, Slot, arena_lock, arena_unlock, exhausted, fork_count, slot_give, slot_take
-from .gcm cimport random_private, random_public
+from .gcm cimport gcm_make_schedule, gcm_schedule_bytes, random_private, random_public
 
 from .arena import secret_memory_info
 
@@ -152,6 +152,22 @@ cdef class SecretKeys(Secret):
         finally:
             self.leave()
         return chosen
+
+    def keep(self, Py_ssize_t position):
+        """Copy one key into a handle of its own that will be used again and again.
+
+        Where the engine lets us, what it makes of a key lies beside it, so that it is not made again at each use.
+        """
+        cdef size_t size = gcm_schedule_bytes()
+        cdef SecretKeys kept = SecretKeys.__new__(SecretKeys)
+        kept.allocate(SCHEDULE + size if size else <size_t>KEY)
+        kept.count = 1
+        memcpy(kept.slot.data, self.enter_at(position), KEY)
+        self.leave()
+        if size:
+            gcm_make_schedule(kept.slot.data, kept.slot.data + SCHEDULE)
+            kept.schedule = kept.slot.data + SCHEDULE
+        return kept
 
 
 cdef class WrappingKey(Secret):

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from ..clock import awake_clock
 from ..errors import (
     BackendUnavailable,
     ConfigurationError,
@@ -136,6 +138,8 @@ def _load_fast() -> dict[str, Any]:
         internal=InternalError,
         configuration=ConfigurationError,
     )
+    if hasattr(time, "CLOCK_BOOTTIME"):
+        import_module("openkcm._fast.aead").install_clock(awake_clock)
     names = {name: value for module in (secret, wrapping, *others) for name, value in vars(module).items()}
     return names | {"native_info": lambda: wrapping.native_info() | engine}
 

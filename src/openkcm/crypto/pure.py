@@ -90,6 +90,10 @@ class SecretKeys(Slot):
                 ]
         return chosen
 
+    def keep(self, position: int) -> SecretKeys:
+        """Copy one key into a handle of its own that will be used again and again."""
+        return self.select([position])
+
 
 class WrappingKey(Slot):
     """A tenant key, service key or seal key in secret memory."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from hmac import compare_digest
 from itertools import accumulate, compress, islice, repeat
@@ -255,12 +255,17 @@ class RecordCipher:
             return None
         return opened[_RECORD] if compare_digest(opened[_COMMITMENT], _ZEROS) else None
 
-    def open_kept(self, kept: dict[bytes, Any], now: float, context: bytes, blob: Any) -> bytes | None:
+    def open_kept(
+        self, kept: dict[bytes, Any], stands: float, clock: Callable[[], float], context: bytes, blob: Any
+    ) -> bytes | None:
         """Open one record under the key that is kept for its version and middle; None if there is none to be had.
 
-        ``kept`` maps what ``place`` returns to (keys, since, until): a key is used before ``until``. What does not
-        verify, or was wiped meanwhile, is None too: the caller finds out the long way.
+        ``kept`` maps what ``place`` returns to tuples of (keys, since, until), in seconds of ``clock``: a key is used
+        before ``until``, and none from ``stands`` on. What does not verify, or was wiped meanwhile, is None too: the caller
+        finds out the long way.
         """
+        if (now := clock()) >= stands:
+            return None
         place = self.place(blob)
         found = None if place is None else kept.get(place)
         if found is None or now >= found[2]:

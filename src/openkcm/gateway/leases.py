@@ -24,6 +24,8 @@ from ..keys import KeyService, Service, WrappedKeys
 MOST_KEPT: Final = 1024
 """Keys kept for each service; the oldest goes first."""
 
+MOST_READY: Final = 256
+"""Up to here a key is kept with what the cipher makes of it, about a kilobyte of secret memory; later ones alone."""
 
 RECENT_SECONDS: Final = 0.01
 """For how long the Core's word that a lease stands is good: it is about time, which it counts in tenths of a second."""
@@ -74,7 +76,8 @@ class Leases:
             return copy, {}
         keys, failures, granted = self._core.unwrap_keys(self._service, wrapped)
         if granted > 0 and not failures:
-            self._keep(_place(wrapped), _Kept(keys.select([0]), asked, asked + granted), epoch)
+            own = keys.keep(0) if len(self.kept) < MOST_READY else keys.select([0])
+            self._keep(_place(wrapped), _Kept(own, asked, asked + granted), epoch)
         return keys, failures
 
     def find(self, place: bytes) -> SecretKeys | None:

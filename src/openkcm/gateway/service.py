@@ -142,8 +142,8 @@ class ServiceHandle:
         """
         encoded = ABSENT if context is None else encode_context(context)
         leases = self._leases
-        if (now := leases.clock()) < leases.stands:
-            record: bytes | None = self._open_kept(leases.kept, now, encoded, blob)
+        if leases.kept:
+            record: bytes | None = self._open_kept(leases.kept, leases.stands, leases.clock, encoded, blob)
             if record is not None:
                 return record
         if (place := self._inline.place(blob)) is not None:
