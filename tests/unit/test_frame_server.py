@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import logging
 import os
+import resource
 import socket
 import ssl
 import struct
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from frame_support import SECONDS, Place, eventually, frame, is_ended, read_frame
@@ -162,6 +164,55 @@ def test_connections_above_the_limit_are_closed(place: Place) -> None:
             assert client.call("WrapKeys", b"now", SECONDS) == b"now"
 
 
+def test_without_descriptors_those_connected_go_on_and_others_come_later(place: Place) -> None:
+    with place.serve() as server, contextlib.closing(place.connect(server.port)) as client:
+        client.ping(SECONDS)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        socks = []
+        try:
+            resource.setrlimit(
+                resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 20, hard)
+            )
+            with contextlib.suppress(OSError):
+                while True:
+                    socks.append(socket.create_connection(("127.0.0.1", server.port), SECONDS))
+            eventually(lambda: server._paused or len(socks) < 5)
+            assert client.call("WrapKeys", b"on", SECONDS) == b"on"
+        finally:
+            for each in socks:
+                each.close()
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        with contextlib.closing(place.connect(server.port)) as later:
+            assert later.call("WrapKeys", b"later", SECONDS) == b"later"
+
+
+@pytest.mark.slow
+def test_5000_connections_leave_others_their_latency_and_the_server_its_memory(place: Place) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert hard >= 11_000, "this test opens 10,000 sockets: raise the limit of open files (ulimit -Hn)"
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    context = frames.client_context(place.pem(place.client))
+    memory = psutil.Process().memory_info
+    try:
+        with place.serve(connections=5001) as server, contextlib.ExitStack() as stack:
+            before = memory().rss
+            for _ in range(5000):
+                stack.enter_context(place.raw(server.port, context))
+            assert memory().rss - before < 500_000_000  # of both ends
+            assert server.connections == 5000
+            with contextlib.closing(place.connect(server.port)) as client:
+                times = []
+                for _ in range(500):
+                    start = time.perf_counter()
+                    client.call("WrapKeys", b"", SECONDS)
+                    times.append(time.perf_counter() - start)
+                assert sorted(times)[250] < 0.01
+            stack.close()
+            eventually(lambda: server.connections == 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 # ---- peers that are let in, and misbehave ------------------------------------------------------------
 
 
@@ -204,6 +255,18 @@ def test_what_is_held_of_half_sent_frames_has_a_bound(place: Place) -> None:
         for sock in socks:
             sock.sendall(half)
         eventually(lambda: server.connections == 10 and server._held == 1_000_000)
+
+
+def test_what_is_held_of_answers_that_nobody_reads_has_a_bound(place: Place) -> None:
+    place.handlers.act = lambda name, data: bytes(wire.MAX_MESSAGE_BYTES)
+    with place.serve(held_bytes=5 * wire.MAX_MESSAGE_BYTES) as server, contextlib.ExitStack() as stack:
+        for _ in range(20):
+            sock = stack.enter_context(place.raw(server.port))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            for at in range(1, 9):
+                sock.sendall(frame(frames.REQUEST, method=3, call=at, millis=9999))
+        eventually(lambda: server.connections <= 5)
+        assert server._held <= 5 * wire.MAX_MESSAGE_BYTES
 
 
 def test_an_answer_that_is_not_read_ends_the_connection(place: Place) -> None:

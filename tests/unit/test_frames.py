@@ -179,6 +179,19 @@ def test_a_deadline_is_at_least_a_millisecond(seconds: float, millis: int) -> No
     )
 
 
+def test_buffers_are_given_back_whatever_becomes_of_a_frame() -> None:
+    free = len(frames._buffers._free)
+    data = frame(frames.REPLY, call=1, payload=bytes(50_000))
+    for cut in (len(data), 20_000):
+        reader = frames.Reader()
+        with contextlib.suppress(ConnectionError):
+            read(Pieces(data[:cut]), reader)
+        reader.close()
+        reader.close()
+        assert len(frames._buffers._free) == free
+    assert len({id(each) for each in frames._buffers._free if each is not None}) > 0
+
+
 def test_more_large_frames_at_a_time_than_buffers_are_read_all_the_same() -> None:
     data = frame(frames.REPLY, call=1, payload=random.Random(1).randbytes(50_000))
     readers = [frames.Reader() for _ in range(40)]

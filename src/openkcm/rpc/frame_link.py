@@ -138,6 +138,7 @@ class Link:
         The parent may have been in the middle of a call, so that what the TLS layer holds is in no order.
         """
         self._ended = True
+        self._reader.close()
         sock, self._sock = self._sock, None
         if sock is not None and (fd := sock.detach()) >= 0:
             os.close(fd)

@@ -431,10 +431,10 @@ class FrameServer:
 
     def _park(self, connection: Connection, events: int) -> None:
         """Have the next thread go on with a connection when it can be read or written."""
-        held = connection.reader.held
+        held = connection.reader.held + sum(map(len, connection.out))
         if connection.peer is None:
             pass  # the handshake's deadline stands
-        elif connection.out or held:
+        elif held:
             if connection.deadline is None:
                 connection.deadline = time.monotonic() + self._bounds.frame_seconds
         elif self._draining:
@@ -448,7 +448,7 @@ class FrameServer:
         self._epoll.modify(connection.sock.fileno(), events)
 
     def _count(self, connection: Connection, held: int) -> bool:
-        """Count what is held of frames in pieces; False where it is too much."""
+        """Count what is held of frames that are in pieces, or not taken yet; False where it is too much."""
         with self._lock:
             self._held += held - connection.counted
             connection.counted = held

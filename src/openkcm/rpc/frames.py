@@ -12,7 +12,6 @@ import os
 import socket
 import ssl
 import struct
-import threading
 import time
 from collections.abc import Callable
 from typing import Final, NamedTuple
@@ -143,27 +142,25 @@ def send(sock: ssl.SSLSocket, parts: list[Part]) -> None:
 
 
 class _Buffers:
-    """Memory that frames of more than a record are read into, used again and again, since fresh memory is slow."""
+    """Memory that frames of more than a record are read into, used again and again, since fresh memory is slow.
+
+    Without a lock, which a fork could leave taken in the child: a list's ``pop`` and ``append`` need none.
+    """
 
     def __init__(self, most: int) -> None:
-        self._left = most
-        self._free: list[bytearray] = []
-        self._lock = threading.Lock()
+        self._free: list[bytearray | None] = [None] * most  # None: not made yet
 
     def take(self) -> bytearray | None:
         """One of the buffers, or None when all are in use."""
-        with self._lock:
-            if self._free:
-                return self._free.pop()
-            if not self._left:
-                return None
-            self._left -= 1
-        return bytearray(MAX_MESSAGE_BYTES)
+        try:
+            buffer = self._free.pop()
+        except IndexError:
+            return None
+        return bytearray(MAX_MESSAGE_BYTES) if buffer is None else buffer
 
     def give(self, buffer: bytearray) -> None:
         """Give one back."""
-        with self._lock:
-            self._free.append(buffer)
+        self._free.append(buffer)
 
 
 _buffers: Final = _Buffers(16)
