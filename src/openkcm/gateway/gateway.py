@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import cast
 
-from ..errors import CoreUnavailable
+from ..errors import CoreUnavailable, InvalidInput
 from ..keys import Change, Event, KeyService, check_name
 from .background import Background
 from .keystore import KeyStore, NoKeyStore, open_key_store
@@ -31,7 +31,7 @@ class Gateway:
         core: a Core, embedded or remote.
         keys: where named data keys are kept: a path (a SQLite file), a URL (``postgresql://...``, ``valkey://...``; see
             ``keystore.open_key_store``) or a key store. By default the file beside an
-            embedded vault; without one, naming a subject raises InvalidInput.
+            embedded vault; with a Core that is far away, none is needed until a subject is named (InvalidInput).
         policy: how long a data key serves; by default one record.
         pool: how many data keys wait ready for single calls.
 
@@ -150,7 +150,9 @@ def _key_store(core: KeyService, keys: str | os.PathLike[str] | KeyStore | None)
     if keys is None:
         keys = getattr(core, "default_key_store", None)
         if keys is None:
-            return cast(KeyStore, NoKeyStore())
+            if core.far:
+                return cast(KeyStore, NoKeyStore())
+            raise InvalidInput("name a key store (keys=PATH or URL) for the data keys of subjects")
     return open_key_store(keys) if isinstance(keys, (str, os.PathLike)) else keys
 
 

@@ -188,6 +188,7 @@ class PostgresKeyStore:
 
     def delivered(self, service_id: bytes, key_ids: Sequence[bytes]) -> None:
         """Drop tombstones."""
+        self._make_tombstones()
         for part in parts(sorted(key_ids)):
             self._change(_DELIVERED, (service_id, part))
 
