@@ -396,10 +396,10 @@ class Core(Access):
         self._look()
         return self._vault.follower.number
 
-    def changes_after(self, position: int) -> list[Event] | None:
+    def changes_after(self, position: int, *, shreds: bool = True) -> list[Event] | None:
         """The events that stand for all changes after a position; None if they are too many to tell."""
         self._check_open()
-        return history.changes_after(self._vault.store, position)
+        return history.changes_after(self._vault.store, position, shreds=shreds)
 
     def note(self, act: str, detail: str) -> None:
         """Write a line of the service's own into the audit record."""

@@ -22,14 +22,22 @@ MOST_RECORDS: Final = 5000
 
 _CHUNK: Final = 500
 
+_HARMLESS: Final = ("shred", "create-service", "link", "grant", "withdraw")
+"""Acts after which every key that a Gateway holds may be used as before, but for single shredded ones."""
+
 
 def vault_id(connection: Connection) -> bytes:
     """The vault's id, 16 bytes."""
     return bytes(connection.execute(sql.select(schema.vault.c.vault_id)).scalar_one())
 
 
-def changes_after(store: Store, position: int) -> list[Event] | None:
+def changes_after(store: Store, position: int, *, shreds: bool = True) -> list[Event] | None:
     """The events that stand for all changes after a position; None where that is too long ago, or ahead of the store.
+
+    Args:
+        store: where to look.
+        position: the number of the last audit record that is known.
+        shreds: whether shredded data keys count, which take no tenant's keys out of use.
 
     Raises:
         StoreUnavailable: the store does not answer.
@@ -39,9 +47,10 @@ def changes_after(store: Store, position: int) -> list[Event] | None:
         if not 0 <= last - position <= MOST_RECORDS:
             return None
         columns = schema.audit.c
-        tenants = connection.execute(
-            sql.select(columns.tenant).where(columns.number > position, columns.tenant != "").distinct()
-        ).scalars()
+        query = sql.select(columns.tenant).where(columns.number > position, columns.tenant != "").distinct()
+        if not shreds:
+            query = query.where(columns.act.not_in(_HARMLESS))
+        tenants = connection.execute(query).scalars()
         return _as_they_are(connection, sorted(tenants))
 
 

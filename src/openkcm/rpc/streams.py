@@ -8,6 +8,7 @@ replica. It trails by ``LAG_SECONDS``, so that a change is told twice rather tha
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -15,11 +16,13 @@ from collections.abc import Callable
 from typing import Final
 
 from ..core import Core
-from ..errors import AccessDenied, LimitExceeded
+from ..errors import AccessDenied, LimitExceeded, StoreUnavailable
 from ..keys import EVERY, Change, Event
 from . import keys_pb2 as pb
 from . import wire
 from .peer import Peer
+
+logger = logging.getLogger("openkcm.rpc")
 
 HEARTBEAT_SECONDS: Final = 0.25
 LAG_SECONDS: Final = 2.0
@@ -110,6 +113,9 @@ class Streams:
         self.vault_id = core.vault_id
         self._unwatch = core.watch(self._tell)
         self._grants = core.access.changes
+        self._telling = threading.Lock()
+        core.poll()
+        self._told = core.position()
 
     def open(
         self, peer: Peer, request: pb.WatchRequest, woken: Callable[[], None] = lambda: None
@@ -161,7 +167,7 @@ class Streams:
 
     def position(self) -> int:
         """Up to which record of the audit chain everything was told."""
-        now, latest = time.monotonic(), self._core.position()
+        now, latest = time.monotonic(), self._catch_up(self._core.position())
         if (version := self._core.access.changes) != self._grants:
             self._grants = version
             self._renew_all()  # who may hear of what has changed, and somebody may have to let go of keys
@@ -173,6 +179,31 @@ class Streams:
                 positions.popleft()
             first = positions[0]
             return first[1] if first[0] <= now - LAG_SECONDS else max(first[1] - 1, 0)
+
+    def _catch_up(self, latest: int) -> int:
+        """Tell of other replicas' acts on tenants that this one has no keys of; returns up to where all was told.
+
+        The Core tells of those that are used in its own process. But a Gateway keeps its keys when it changes over from
+        another replica, and must hear of a kill here though nobody has asked this one for a key of that tenant.
+        """
+        if latest == self._told or not self._telling.acquire(blocking=False):
+            return self._told
+        try:
+            latest = self._core.position()  # again: another thread may have told of more meanwhile
+            events = self._core.changes_after(self._told, shreds=False) if latest > self._told else None
+            with self._lock:
+                subscribers = list(self._subscribers)
+            for each in subscribers:
+                if events is None:
+                    each.reset()
+                for event in events or ():
+                    each.add(event)
+            self._told = latest
+        except StoreUnavailable as error:
+            logger.info("other replicas' acts are told when the store answers: %s", error)
+        finally:
+            self._telling.release()
+        return self._told
 
     def _renew_all(self) -> None:
         with self._lock:
