@@ -15,7 +15,7 @@ BOOTSTRAP      := VENV=$(VENV) scripts/bootstrap
 unexport PYTHONPATH PYTHONHOME
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow soak lint format native debug sanitize fuzz bench bench-more wheel clean distclean
+.PHONY: help demo demo-regions test test-slow soak lint format native debug sanitize fuzz bench bench-more wheel clean distclean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -24,7 +24,7 @@ help:  ## List the targets
 # --- the environment: each stamp stands for a step that is done ------------------------------------------------
 
 $(VENV)/.base: pyproject.toml scripts/bootstrap
-	$(BOOTSTRAP) system $(if $(filter demo native,$(MAKECMDGOALS)),,tests)
+	$(BOOTSTRAP) system $(if $(filter demo demo-regions native,$(MAKECMDGOALS)),,tests)
 	$(BOOTSTRAP) python pkcs11
 	@touch $@
 
@@ -45,6 +45,10 @@ $(VENV)/.native: $(VENV)/.base setup.py $(NATIVE_SOURCES)
 
 demo: $(VENV)/.native  ## Two airlines' real flights under their own root keys; one pulls the plug
 	@$(BIN)/openkcm demo $(ARGS)
+
+demo-regions: $(VENV)/.native  ## Two regions under load on one screen: unplugged, killed, restarted
+	$(BOOTSTRAP) python demo
+	@$(BIN)/openkcm demo-regions $(ARGS)
 
 # One backend's tests: two at a time, but for those that hold a promise under load, which a busy machine would break.
 define backend_tests

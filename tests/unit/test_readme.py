@@ -8,27 +8,35 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import openkcm
+from rpc_support import Replica
 from support import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def snippets() -> list[str]:
-    """Return every Python block of the README, in order."""
-    return re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str) -> list[str]:
+    """Return every block of a language in a text, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def section(title: str) -> str:
+    """Return a section of the README."""
+    return (ROOT / "README.md").read_text().partition(f"## {title}")[2].partition("\n## ")[0]
 
 
 def test_the_tour_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = snippets()
-    assert len(blocks) >= 7
+    snippets = blocks("python", section("Five minutes"))
+    assert len(snippets) >= 7
     names: dict[str, object] = {}
-    for block in blocks:
+    for block in snippets:
         exec(compile(block, "README.md", "exec"), names)
     printed = capsys.readouterr().out
     assert "decryption failed" in printed
@@ -45,25 +53,48 @@ ADDED = {
 
 
 def test_the_commands_run(tmp_path: Path) -> None:
-    text = (ROOT / "README.md").read_text().partition("## On the command line")[2]
-    block = re.search(r"^```console\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert block is not None
-    lines = [line.partition("  #")[0].rstrip() for line in block[1].splitlines()]
+    (block,) = blocks("console", section("On the command line"))
+    lines = [line.partition("  #")[0].rstrip() for line in block.splitlines()]
     assert len(lines) >= 9
     (tmp_path / "people.csv").write_text("id,name,email\n41,Ann,ann@a.example\n42,Bob,bob@b.example\n")
     for line in lines:
         more = next((text for start, text in ADDED.items() if line.startswith(start)), "")
-        done = subprocess.run(
-            [sys.executable, "-c", "from openkcm.cli import main; main()", *shlex.split(line + more)[1:]],
-            cwd=tmp_path,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
+        run(line + more, tmp_path)
     assert (tmp_path / "people.opened.csv").read_bytes() == (tmp_path / "people.csv").read_bytes()
+
+
+def run(line: str, folder: Path) -> None:
+    """Run a command of the README as it is printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "openkcm.cli", *shlex.split(line)[1:]],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
+
+
+def test_a_core_and_a_gateway_on_a_network_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = section("On several machines")
+    (console,), (config,), (snippet,) = (blocks(each, text) for each in ("console", "toml", "python"))
+    with openkcm.Core.open("sqlite:///vault.db") as core:
+        core.link_tenant("acme", root="local:acme-root.key")
+        core.create_service("acme", "payments")
+    *prepare, serve = console.splitlines()
+    for line in prepare:
+        run(line, tmp_path)
+    assert serve == "openkcm serve core --config core.toml"
+    assert config.count(":7443") == 1 and snippet.count(":7443") == 1
+    (tmp_path / "core.toml").write_text(config.replace(":7443", ":0"))
+    with Replica(tmp_path / "core.toml") as replica:
+        names: dict[str, Any] = {"openkcm": openkcm}
+        exec(compile(snippet.replace(":7443", f":{replica.ports['data']}"), "README.md", "exec"), names)
+        names["gateway"].close()
+        names["gateway"]._core.close()
 
 
 def test_the_two_commands_stand_at_the_top() -> None:
