@@ -44,10 +44,7 @@ class RegionsStory:
             InternalError: what must follow did not.
         """
         with self._screen():
-            self._say(
-                "four applications write and read acme's records, two in each region; "
-                "keys never leave the region"
-            )
+            self._say("four applications write and read acme's records; keys never leave their region")
             self._watch(CALM_SECONDS)
             self._measured["records a second"] = round(
                 sum(recent(each)["rate"] or 0 for each in self._site.applications)
@@ -152,7 +149,8 @@ class RegionsStory:
 
     def _measure(self, what: str, seconds: float, why: str) -> None:
         self._measured[what] = round(seconds, 3)
-        self._say(f"{what} [bold]{seconds:.2f} s[/]: {why}")
+        shown = f"{seconds:.2f} s" if seconds >= 0.1 else f"{seconds * 1000:.1f} ms"
+        self._say(f"{what} [bold]{shown}[/]: {why}")
 
     def _say(self, text: str) -> None:
         line = f"[dim]{time.monotonic() - self._began:5.1f} s[/]  {text}"
