@@ -121,11 +121,18 @@ class TcpProxy:
     async def _refuse(self) -> None:
         if self._server is not None:
             server, self._server = self._server, None
+            await self._accept_no_more()
             with contextlib.suppress(OSError):
                 self._listener.shutdown(socket.SHUT_RDWR)  # also where a forked child holds it open
             server.close()
             self._listener = _bound(self.port)  # bound and not listening: refused, and taken by nobody else
         await self._cut()
+
+    async def _accept_no_more(self) -> None:
+        """Have what was accepted be in our hands: asyncio leaves it open where its server is closed in between."""
+        self._loop.remove_reader(self._listener.fileno())
+        for _ in range(2):
+            await asyncio.sleep(0)
 
     async def _cut(self) -> None:
         for open_socket in self._sockets:
@@ -137,6 +144,7 @@ class TcpProxy:
 
     async def _end(self) -> None:
         if self._server is not None:
+            await self._accept_no_more()
             self._server.close()
         await self._cut()
         await asyncio.sleep(0)  # transports close their sockets in the loop's next round
