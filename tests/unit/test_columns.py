@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from array import array
 from collections.abc import Callable
 from typing import Any
@@ -324,6 +325,29 @@ def test_out_is_used_again(service: ServiceHandle) -> None:
 
 
 # ---- memory --------------------------------------------------------------------------------------------------
+
+
+def test_large_results_do_not_lie_in_each_others_memory(service: ServiceHandle) -> None:
+    """Memory of a sealed column is used again for the next one, and only once nobody has the first."""
+    columns = [pa.array([bytes([number]) * 2**20] * 6) for number in range(4)]
+    results: dict[int, list[Any]] = {number: [] for number in range(4)}
+
+    def work(number: int) -> None:
+        for _ in range(6):
+            results[number].append(service.encrypt_column(columns[number]))
+            if len(results[number]) == 3:
+                del results[number][0]  # what comes next may take its place
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, kept in results.items():
+        assert len(kept) == 2
+        for sealed in kept:
+            assert service.decrypt_column(sealed) == columns[number].cast(pa.binary())
+
 
 MEMORY = """
 import resource, sys, tempfile, tracemalloc

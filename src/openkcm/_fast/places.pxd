@@ -7,15 +7,20 @@ from .cells cimport Cells, Piece
 cdef extern from "column.h" nogil:
     uint64_t okc_hash(const uint8_t *data, size_t size, const uint64_t *seed)
     bint okc_is_utf8(const uint8_t *data, size_t size)
-    void *okc_take(size_t size)
     int64_t okc_lay32_32(const int32_t *offsets, int64_t count, int64_t size, int64_t more, int64_t place, int32_t *ends)
     int64_t okc_lay32_64(const int32_t *offsets, int64_t count, int64_t size, int64_t more, int64_t place, int64_t *ends)
     int64_t okc_lay64_32(const int64_t *offsets, int64_t count, int64_t size, int64_t more, int64_t place, int32_t *ends)
     int64_t okc_lay64_64(const int64_t *offsets, int64_t count, int64_t size, int64_t more, int64_t place, int64_t *ends)
 
+cdef extern from "spare.h" nogil:
+    void *okc_take(size_t size)
+    void *okc_take_again(size_t size, size_t *room)
+    void okc_give_again(void *block, size_t room)
+
 cdef class Memory:
     cdef uint8_t *data
     cdef Py_ssize_t size
+    cdef size_t room                # what lies there, where it is to be used again; or 0
 
 cdef class Places:
     cdef readonly Py_ssize_t count, total, nulls

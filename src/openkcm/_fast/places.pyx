@@ -20,18 +20,24 @@ cdef Py_ssize_t MOST_NARROW = 2**31 - 1
 
 
 cdef class Memory:
-    """Writable bytes for a result; what they hold at first is whatever was there before."""
+    """Writable bytes for a result; what they hold at first is whatever was there before.
 
-    def __cinit__(self, Py_ssize_t size):
+    With ``again`` they may wait for the next such result when they are let go, as they are: not for plaintext.
+    """
+
+    def __cinit__(self, Py_ssize_t size, bint again=False):
         if size < 0:
             raise ValueError("memory has a size of at least 0")
-        self.data = <uint8_t *>okc_take(<size_t>size)
+        self.data = <uint8_t *>(okc_take_again(<size_t>size, &self.room) if again else okc_take(<size_t>size))
         if self.data == NULL:
             raise MemoryError()
         self.size = size
 
     def __dealloc__(self):
-        free(self.data)
+        if self.room:
+            okc_give_again(self.data, self.room)
+        else:
+            free(self.data)
 
     def __len__(self):
         return self.size

@@ -211,7 +211,10 @@ class Cells:
 
 
 class Memory(bytearray):
-    """Writable bytes for a result."""
+    """Writable bytes for a result; ``again`` is the native backend's."""
+
+    def __init__(self, source: int | bytes, again: bool = False) -> None:
+        super().__init__(source)
 
 
 class Places:

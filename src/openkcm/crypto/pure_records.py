@@ -260,9 +260,9 @@ class RecordCipher:
     ) -> bytes | None:
         """Open one record under the key that is kept for its version and middle; None if there is none to be had.
 
-        ``kept`` maps what ``place`` returns to tuples of (keys, since, until), in seconds of ``clock``: a key is used
-        before ``until``, and none from ``stands`` on. What does not verify, or was wiped meanwhile, is None too: the
-        caller finds out the long way.
+        ``kept`` maps what ``place`` returns to tuples of (keys, since, until), in seconds of ``clock``: a key is
+        used before ``until``, and none from ``stands`` on. What does not verify, or was wiped meanwhile, is None too:
+        the caller finds out the long way.
         """
         if (now := clock()) >= stands:
             return None

@@ -48,10 +48,13 @@ class Job:
     places: Places
     threads: int
 
-    def attach(self, out: Any, others: Iterable[Cells] = ()) -> None:
-        """Give the result its memory: the caller's, if it holds all of it and none of what is read."""
+    def attach(self, out: Any, others: Iterable[Cells] = (), sealed: bool = False) -> None:
+        """Give the result its memory: the caller's, if it holds all of it and none of what is read.
+
+        Memory of a result that is sealed is used again once nobody has it; plaintext goes back to the system.
+        """
         if out is None:
-            self.places.attach(Memory(self.places.total))
+            self.places.attach(Memory(self.places.total, sealed))
             return
         try:
             view = memoryview(out)
@@ -152,7 +155,7 @@ class ColumnSealer:
         places = Places(cells.count, most, source.wide)
         places.lay_sealed(cells, self._stored if stored else self._inline)
         job = Job(source, cells, bound, places, check_threads(threads))
-        job.attach(out, () if names is None else (names[0],))
+        job.attach(out, () if names is None else (names[0],), True)
         try:
             if names is not None:
                 self._seal_named(job, *names)
