@@ -8,6 +8,7 @@
 
 struct cipher {
     EVP_CIPHER_CTX *context;
+    OSSL_PARAM tag[2];
 };
 
 static EVP_CIPHER *aes_256_gcm;
@@ -15,6 +16,8 @@ static EVP_CIPHER *aes_256_gcm;
 static int cipher_open(struct cipher *cipher, int encrypt)
 {
     cipher->context = EVP_CIPHER_CTX_new();
+    cipher->tag[0] = OSSL_PARAM_construct_octet_string(OSSL_CIPHER_PARAM_AEAD_TAG, NULL, 16);
+    cipher->tag[1] = OSSL_PARAM_construct_end();
     return cipher->context != NULL && EVP_CipherInit_ex(cipher->context, aes_256_gcm, NULL, NULL, NULL, encrypt) == 1;
 }
 
@@ -39,13 +42,10 @@ static int seal_part(struct cipher *cipher, uint8_t *output, const uint8_t *data
 static int seal_end(struct cipher *cipher, uint8_t *tag)
 {
     int written;
-    OSSL_PARAM wanted[2];
 
-    if (EVP_EncryptFinal_ex(cipher->context, tag, &written) != 1)
-        return 0;
-    wanted[0] = OSSL_PARAM_construct_octet_string(OSSL_CIPHER_PARAM_AEAD_TAG, tag, 16);
-    wanted[1] = OSSL_PARAM_construct_end();
-    return EVP_CIPHER_CTX_get_params(cipher->context, wanted) == 1;
+    cipher->tag[0].data = tag;
+    return EVP_EncryptFinal_ex(cipher->context, tag, &written) == 1
+        && EVP_CIPHER_CTX_get_params(cipher->context, cipher->tag) == 1;
 }
 
 static int open_start(struct cipher *cipher, const uint8_t *key, const uint8_t *nonce, const uint8_t *aad, int aad_size)
@@ -65,7 +65,9 @@ static int open_end(struct cipher *cipher, const uint8_t *tag)
 {
     int written;
     uint8_t unused[16];
-    return EVP_CIPHER_CTX_ctrl(cipher->context, EVP_CTRL_AEAD_SET_TAG, 16, (void *)(uintptr_t)tag) == 1
+
+    cipher->tag[0].data = (void *)(uintptr_t)tag;
+    return EVP_CIPHER_CTX_set_params(cipher->context, cipher->tag) == 1
         && EVP_DecryptFinal_ex(cipher->context, unused, &written) == 1;
 }
 

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Columns whose rows share data keys: the loop that goes on under one key, and where it has to stop."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+import openkcm
+from openkcm.errors import DecryptError, FormatError
+from openkcm.gateway import DataKeyPolicy, ServiceHandle
+from support import refused
+
+SIZES = [0, 1, 15, 64, 65, 2047, 2048, 2049, 5000, 7, 2048, 0, 0, 100]
+ROWS = [bytes([at % 251]) * SIZES[at % len(SIZES)] for at in range(400)]
+
+
+def sharing(core: openkcm.Core, records: int) -> ServiceHandle:
+    return openkcm.Gateway(core, policy=DataKeyPolicy(records=records)).service("acme", "records")
+
+
+@pytest.mark.parametrize("records", [2, 7, 399, 2**31])
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+def test_rows_of_every_size_under_keys_that_change(core: openkcm.Core, records: int, kind: Any) -> None:
+    service = sharing(core, records)
+    whole = pa.array(ROWS, kind)
+    pieces = pa.chunked_array([whole[:1], whole[1:1], whole[1:150], whole[150:151], whole[151:]])
+    nulls = pa.array([None if at % 50 == 7 else row for at, row in enumerate(ROWS)], kind)
+    for column in (whole, whole[3:-5], pieces, nulls):
+        for threads in (1, 2):
+            sealed = service.encrypt_column(column, context=b"c", threads=threads)
+            assert service.decrypt_many([row.as_py() for row in sealed if row.is_valid], context=b"c") == [
+                row.as_py() for row in column if row.is_valid
+            ]
+            assert (
+                service.decrypt_column(sealed, context=b"c", threads=threads).to_pylist()
+                == column.to_pylist()
+            )
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2, 200, 399])
+def test_a_row_that_does_not_verify_is_named_and_no_other(core: openkcm.Core, bad: int) -> None:
+    service = sharing(core, 2**31)
+    rows = [row.as_py() for row in service.encrypt_column(pa.array([b"r" * 64] * 400))]
+    # The head, which makes it no envelope; the wrapped key; the nonce; the ciphertext; the tag.
+    for place, kind in (
+        (0, FormatError),
+        (30, DecryptError),
+        (100, DecryptError),
+        (-17, DecryptError),
+        (-1, DecryptError),
+    ):
+        altered = list(rows)
+        blob = bytearray(rows[bad])
+        blob[place] ^= 1
+        altered[bad] = bytes(blob)
+        column = pa.array(altered)
+        error = refused(lambda column=column: service.decrypt_column(column), kind)
+        assert error.index == bad  # type: ignore[attr-defined]
+        opened, reasons = service.decrypt_column(column, errors="null")
+        assert opened.to_pylist() == [None if at == bad else b"r" * 64 for at in range(400)]
+        assert [at for at, reason in enumerate(reasons.to_pylist()) if reason] == [bad]
+
+
+def test_kinds_and_keys_among_each_other(core: openkcm.Core) -> None:
+    """Runs of rows under one key, cut by rows of another key, of subjects, and of a newer service key."""
+    one, each = sharing(core, 2**31), sharing(core, 1)
+    drawn = random.Random(4)
+    blobs, rows = [], []
+    for turn in range(60):
+        row = bytes([turn]) * drawn.randrange(90)
+        many = [row] * drawn.randrange(1, 30)
+        way = drawn.randrange(4)
+        if way == 0:
+            blobs += each.encrypt_many(many)
+        elif way == 1:
+            blobs += one.encrypt_many(many, subject=f"user-{turn % 5}")
+        else:
+            blobs += one.encrypt_many(many)
+        rows += many
+        if turn == 30:
+            core.rotate_service("acme", "records")
+    assert one.decrypt_column(pa.array(blobs)).to_pylist() == rows
+    blobs[40] = blobs[40][:-1] + bytes([blobs[40][-1] ^ 1])
+    error = refused(lambda: one.decrypt_column(pa.array(blobs)), DecryptError)
+    assert error.index == 40  # type: ignore[attr-defined]
