@@ -2,7 +2,8 @@
 """The Core's seal key, and the file it lies in beside an embedded vault.
 
 Invariant: 32 random bytes in a file that only its owner can read; they go between file and secret memory
-without passing through a Python object. An existing vault never gets a new seal file.
+without passing through a Python object; or a file of the form of ``rooted_seal``. An existing vault never gets a new
+seal file.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import contextlib
 import errno
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from ..crypto import WrappingKey, generate_wrapping_key, random_bytes, read_wrapping_key, write_wrapping_key
 from ..errors import SealError
 from ..limits import KEY_BYTES
 from ..systemd import is_credential
+from . import rooted_seal
 
 
 def make_seal(path: Path) -> None:
@@ -26,6 +29,28 @@ def make_seal(path: Path) -> None:
         SealError: a file is there already, or the folder cannot be written.
     """
     key = generate_wrapping_key()
+    try:
+        _write(path, lambda descriptor: write_wrapping_key(key, descriptor))
+    finally:
+        key.wipe()
+
+
+def wrap_seal(source: Path, uri: str, target: Path) -> None:
+    """Write a seal key in the form that opens only through a root of the operator's own.
+
+    Raises:
+        SealError: the source cannot be read, or the target is there already or cannot be written.
+        RootMisconfigured, RootDenied, RootDisabled, RootDestroyed, RootUnavailable: the root's answer.
+    """
+    key = open_seal(source)
+    try:
+        _write(target, lambda descriptor: rooted_seal.make(key, uri, descriptor))
+    finally:
+        key.wipe()
+
+
+def _write(path: Path, write: Callable[[int], None]) -> None:
+    """Make a private file, whole or not at all."""
     temporary: Path | None = None
     try:
         # Where the file system allows it, the file has no other name: a kill leaves no second one to the key.
@@ -36,7 +61,7 @@ def make_seal(path: Path) -> None:
                 temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
             )
         try:
-            write_wrapping_key(key, descriptor)
+            write(descriptor)
             os.fsync(descriptor)
             _link(temporary or Path(f"/proc/self/fd/{descriptor}"), path)
         finally:
@@ -48,7 +73,6 @@ def make_seal(path: Path) -> None:
         reason = os.strerror(error.errno or errno.EIO)
         raise SealError(f"the seal file {path} cannot be written: {reason}") from None
     finally:
-        key.wipe()
         if temporary is not None:
             with contextlib.suppress(OSError):  # not there, or in a folder that may not be looked into
                 temporary.unlink()
@@ -78,7 +102,8 @@ def open_seal(path: Path) -> WrappingKey:
     """Read the seal key into secret memory.
 
     Raises:
-        SealError: the file is missing, not this user's, open to others, or not 32 bytes.
+        SealError: the file is missing, not this user's, open to others, or of neither form.
+        RootDenied, RootDisabled, RootDestroyed, RootUnavailable: the answer of the root that it opens through.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -97,8 +122,12 @@ def open_seal(path: Path) -> WrappingKey:
             ) from None
         raise SealError(f"the seal file {path} cannot be opened: {error.strerror}") from None
     try:
-        _check(path, os.fstat(descriptor))
-        return read_wrapping_key(descriptor)
+        status = os.fstat(descriptor)
+        _check(path, status)
+        key = read_wrapping_key(descriptor)
+        if status.st_size == KEY_BYTES:
+            return key
+        return rooted_seal.open_rest(key, os.read(descriptor, rooted_seal.MAX_BYTES), path)
     finally:
         os.close(descriptor)
 
@@ -113,7 +142,7 @@ def _check(path: Path, status: os.stat_result) -> None:
         raise SealError(
             f"the seal file {path} can be read by others; assume they have, then run: chmod 600 {path}"
         )
-    if status.st_size != KEY_BYTES:
+    if status.st_size != KEY_BYTES and not KEY_BYTES + 9 < status.st_size <= rooted_seal.MAX_BYTES:
         raise SealError(f"the seal file {path} is damaged: it has {status.st_size} bytes and not {KEY_BYTES}")
 
 
