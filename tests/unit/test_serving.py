@@ -300,6 +300,53 @@ def test_more_calls_than_it_takes_are_told_to_try_again(site: Site, monkeypatch:
             core.close()
 
 
+def test_health_and_reflection_take_nothing_from_the_calls(site: Site) -> None:
+    """Streams that anybody with a certificate may open and keep open."""
+    stranger = site.issue("stranger", "spiffe://example/stranger")
+    with site.serve(**{"listen.admin": "127.0.0.1:0", "limits.threads": 2, "limits.calls": 2}) as server:
+        key, chain, roots = stranger.pem()
+        never = threading.Event()
+        streams, channels = [], []
+        for name in ("grpc", "admin"):
+            channel = grpc.secure_channel(
+                f"127.0.0.1:{server.ports[name]}", grpc.ssl_channel_credentials(roots, key, chain)
+            )
+            channels.append(channel)
+            for _ in range(40):
+                reflect = channel.stream_stream(
+                    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+                )
+                streams.append(reflect(iter(never.wait, True), timeout=60))
+                watch = channel.unary_stream("/grpc.health.v1.Health/Watch")
+                streams.append(watch(b"", timeout=60))
+        until(lambda: sum(not each.is_active() for each in streams) >= 2 * (80 - 16))
+        assert sum(each.is_active() for each in streams) == 2 * 16
+        address = f"grpc://127.0.0.1:{server.ports['grpc']}"
+        with openkcm.connect(address, tls=site.tls(), deadline=10) as core:
+            assert core.find_service("acme", "records").name == "records"
+        with admin(site, server.ports, deadline=10) as remote:
+            assert remote.status("acme")[0].state == "live"
+        for each in streams:
+            each.cancel()
+        never.set()
+        # Their places are free again.
+        again = channels[0].unary_stream("/grpc.health.v1.Health/Watch")
+        until(lambda: _begins(again))
+        for channel in channels:
+            channel.close()
+
+
+def _begins(watch: grpc.UnaryStreamMultiCallable) -> bool:
+    stream = watch(b"", timeout=10)
+    try:
+        next(stream)
+    except grpc.RpcError:
+        return False
+    finally:
+        stream.cancel()
+    return True
+
+
 def test_a_message_that_is_too_long_is_refused_unread(site: Site) -> None:
     with site.serve(**{"listen.admin": "127.0.0.1:0"}) as server:
         key, chain, roots = site.tls("chief").pem()

@@ -195,6 +195,7 @@ def make_server(
     threads: int = THREADS,
     most_calls: int = MOST_CALLS,
     largest: tuple[int, int] = (wire.MAX_MESSAGE_BYTES, wire.MAX_MESSAGE_BYTES),
+    interceptors: Sequence[grpc.ServerInterceptor] = (),
 ) -> grpc.Server:
     """A gRPC server with the bounds that all of ours have.
 
@@ -203,11 +204,13 @@ def make_server(
         threads: that carry calls out.
         most_calls: under way and waiting; more are turned away.
         largest: request and reply, in bytes.
+        interceptors: see gRPC.
     """
     receive, send = largest
     return grpc.server(
         ThreadPoolExecutor(threads, thread_name_prefix="openkcm-call"),
         handlers=handlers,
+        interceptors=interceptors,
         options=(
             *OPTIONS,
             ("grpc.max_receive_message_length", receive),

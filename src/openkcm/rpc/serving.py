@@ -17,6 +17,7 @@ from typing import Any, Final
 from ..core import Core
 from ..systemd import notify
 from . import admin_handlers, admin_messages, grpc_server, wire
+from .bystanders import MOST_STREAMS, Bystanders
 from .certificates import Certificates
 from .config import ServeConfig
 from .denials import Denials
@@ -58,6 +59,7 @@ class CoreServer:
         self._servers: list[Any] = []
         self._health: list[Any] = []
         self._calls: list[Logged] = []
+        self._bounds: list[Bystanders] = []
         self.ports: dict[str, int] = {}
         self.certificates = Certificates(config.tls)
         try:
@@ -110,6 +112,8 @@ class CoreServer:
             frames.join(seconds + 5)
             for threads in (self._watchers, self._killers):
                 threads.shutdown(wait=False, cancel_futures=True)
+            for bounds in self._bounds:
+                bounds.close()
             self.denials.close()
             self.certificates.close()
             self.handlers.close()
@@ -144,6 +148,11 @@ class CoreServer:
             quiet = 0 if any(each.under_way for each in self._calls) else quiet + 1
             time.sleep(0.02)
 
+    def _bystanders(self) -> Bystanders:
+        made = Bystanders()
+        self._bounds.append(made)
+        return made
+
     def _logged(self, handlers: Answers) -> Logged:
         logged = Logged(handlers)
         self._calls.append(logged)
@@ -171,6 +180,7 @@ class CoreServer:
             ],
             threads=limits.threads,
             most_calls=limits.calls + limits.streams,
+            interceptors=(self._bystanders(),),
         )
         return self._serve(server, address, (wire.SERVICE_NAME,))
 
@@ -187,7 +197,8 @@ class CoreServer:
                 )
             ],
             threads=ADMIN_THREADS,
-            most_calls=ADMIN_CALLS,
+            most_calls=ADMIN_CALLS + MOST_STREAMS,
+            interceptors=(self._bystanders(),),
             largest=(admin_handlers.MAX_REQUEST_BYTES, admin_handlers.MAX_REPLY_BYTES),
         )
         return self._serve(server, address, (admin_handlers.SERVICE_NAME,))
