@@ -146,7 +146,14 @@ def test_native_sources_know_nothing_of_ours() -> None:
 
 def test_bytes_are_laid_out_in_one_place() -> None:
     # Besides those that own the formats: the algorithms' own counters, and what only a digest reads.
-    packs = {"envelope.py", "context.py", "rpc/wire.py", "rpc/session.py", "rpc/frames.py", "core/rooted_seal.py"}
+    packs = {
+        "envelope.py",
+        "context.py",
+        "rpc/wire.py",
+        "rpc/session.py",
+        "rpc/frames.py",
+        "core/rooted_seal.py",
+    }
     cuts = {*packs, "crypto/pure.py"}  # a run of keys or nonces into equal pieces, which is no layout
     converts = {*packs, "core/audit.py", *(name for name in modules() if name.startswith("crypto/"))}
     for module in modules():
