@@ -131,7 +131,7 @@ class TcpProxy:
     async def _accept_no_more(self) -> None:
         """Have what was accepted be in our hands: asyncio leaves it open where its server is closed in between."""
         self._loop.remove_reader(self._listener.fileno())
-        for _ in range(2):
+        for _ in range(5):  # its task, its transport, the transport's protocol, and our own task
             await asyncio.sleep(0)
 
     async def _cut(self) -> None:
