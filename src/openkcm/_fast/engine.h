@@ -114,15 +114,18 @@ static inline int okc_is_zero32(const uint8_t *data)
     return set == 0;
 }
 
-/* Whether bytes that are no secret are the same: short ones whose size the compiler does not know, without a call. */
+/* Whether bytes that are no secret are the same: short ones whose size the compiler does not know, without a call. They are
+ * looked at from behind, where wrapped keys differ that begin alike. */
 static inline int okc_same(const uint8_t *first, const uint8_t *second, size_t size)
 {
     uint64_t differ = 0;
     if (size < 8)
         return memcmp(first, second, size) == 0;
+    if (okc_word(first + size - 8) != okc_word(second + size - 8))
+        return 0;
     for (size_t at = 0; at < size - 8; at += 8)
         differ |= okc_word(first + at) ^ okc_word(second + at);
-    return (differ | (okc_word(first + size - 8) ^ okc_word(second + size - 8))) == 0;
+    return differ == 0;
 }
 
 /* As memcpy. Where gcc knows that a size is small but not which it is, it makes a "rep movs" of it, which takes longer to
