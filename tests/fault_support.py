@@ -134,7 +134,7 @@ class Ledger:
 
     def people(self) -> None:
         """A person comes; now and then one goes."""
-        name = f"user-{next(self._number)}"
+        name = f"user-{next(self._number)}-{id(self)}"  # nobody else's, who would shred it
         text = name.encode()
         records = [(self._timed(lambda: self._handle.encrypt(text, subject=name)), text) for _ in range(2)]
         with self._lock:

@@ -49,9 +49,7 @@ def pair(folder: Path, server: PostgresServer) -> Iterator[Pair]:
     site = PostgresSite(folder, server)
     with ExitStack() as stack:
         replicas = [stack.enter_context(site.start_replica(name)) for name in ("one", "two")]
-        fronts = [
-            stack.enter_context(TcpProxy(("127.0.0.1", replica.ports["data"]))) for replica in replicas
-        ]
+        fronts = [stack.enter_context(TcpProxy(("127.0.0.1", replica.ports["data"]))) for replica in replicas]
         yield Pair(site, replicas, fronts)
 
 
