@@ -174,7 +174,7 @@ class RemoteCore:
 
     def _unwrap(self, service: Service, wrapped: WrappedKeys, end: float) -> OpenedKeys:
         def ask(endpoint: Endpoint, session: Session, end: float) -> tuple[Any, ...]:
-            nonce = random_bytes(wire.NONCE_BYTES)
+            nonce, listened = random_bytes(wire.NONCE_BYTES), endpoint is self._endpoints.heard
             request = pb.UnwrapKeysRequest(
                 session=session.id,
                 nonce=nonce,
@@ -189,7 +189,9 @@ class RemoteCore:
             bound = wire.unwrap_bound(session.id, nonce, service.service_id, wrapped)
             keys = _opened(session.channel, reply.sealed_keys, bound, len(wrapped))
             failures = wire.unpack_failures(reply.failures, len(wrapped)) if reply.failures else {}
-            return keys, failures, reply.lease
+            # A replica that is behind may open a key after the one that is listened to has told of the tenant's end.
+            # Nobody would tell of it a second time, so that such a key must not be kept.
+            return keys, failures, reply.lease if listened and endpoint is self._endpoints.heard else 0.0
 
         while True:
             changes, asked = self._changes, awake_clock()

@@ -138,7 +138,12 @@ class Endpoint:
 
 
 class Endpoints:
-    """All addresses, those that answer first."""
+    """All addresses, those that answer first.
+
+    Attributes:
+        heard: the one whose watch stream is listened to. It is asked before others that answer too: what another one
+            does not know of yet, as a kill, nobody would tell again.
+    """
 
     def __init__(self, endpoints: Sequence[Endpoint]) -> None:
         if not endpoints:
@@ -148,12 +153,18 @@ class Endpoints:
         self._lock = threading.Lock()
         self._trying: set[str] = set()
         self._closed = threading.Event()
+        self.heard: Endpoint | None = None
 
     def in_order(self) -> list[Endpoint]:
-        """The addresses in the order in which to ask them: as preferred, those that failed last."""
+        """The addresses in the order in which to ask: the one listened to, as preferred, those that failed last."""
         if len(self._all) == 1:
             return self._all
-        return sorted(self._all, key=lambda each: each.failures)
+        heard = self.heard
+        return sorted(self._all, key=lambda each: (each.failures, each is not heard))
+
+    def is_best(self, endpoint: Endpoint) -> bool:
+        """Whether no address that is preferred to this one answers."""
+        return all(each.failures for each in self._all[: self._all.index(endpoint)])
 
     def failed(self, endpoint: Endpoint) -> None:
         """It did not answer: ask it last until it does, which a thread of its own finds out."""

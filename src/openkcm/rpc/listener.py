@@ -30,6 +30,8 @@ MISSED_HEARTBEATS: Final = 3
 PATIENCE_SECONDS: Final = 2.0
 """How long a stream may be silent before it is given up for another."""
 LONGEST_PAUSE_SECONDS: Final = 2.0
+RETURN_SECONDS: Final = 30.0
+"""After how long a stream goes back to an address that is preferred and answers again; its calls go with it."""
 
 
 class Watcher:
@@ -51,6 +53,7 @@ class Watcher:
         self._heard = -1e9
         self._opened = 0.0
         self._late = False
+        self._returning = False
         self._spoken = threading.Event()
         threading.Thread(target=self._run, name="openkcm-watch", daemon=True).start()
         threading.Thread(target=self._guard, name="openkcm-watch-guard", daemon=True).start()
@@ -93,24 +96,28 @@ class Watcher:
     def _follow(self, endpoint: Endpoint) -> bool:
         """Listen to one address until its stream ends; returns whether anything was heard."""
         heard = False
+        self._returning = False
         try:
             self._opened = awake_clock()
             request = pb.WatchRequest(vault=self._vault, position=self._position)
             self._stream = endpoint.stream("Watch", request.SerializeToString())
             for data in self._stream:
                 heard = True
+                self._endpoints.heard = endpoint
                 if not self._act(wire.parse(pb.WatchReply.FromString, data)):
                     return heard
         except AccessDenied:
             self._reset()
         except CoreUnavailable as error:
-            self._endpoints.failed(endpoint)
+            if not self._returning:
+                self._endpoints.failed(endpoint)
             logger.info("the watch stream from %s ended: %s", endpoint.address, error)
         except OpenKCMError as error:
             logger.info("the watch stream from %s ended: %s", endpoint.address, error)
         except Exception:
             logger.exception("the watch stream from %s failed", endpoint.address)
         finally:
+            self._endpoints.heard = None
             self._late = self._late or not self._vault
             self._spoken.set()
             stream, self._stream = self._stream, None
@@ -149,6 +156,15 @@ class Watcher:
             if self._tell() is None:
                 self.stop()
                 return
-            stream = self._stream
-            if stream is not None and awake_clock() - max(self._heard, self._opened) > PATIENCE_SECONDS:
+            stream, now = self._stream, awake_clock()
+            if stream is None:
+                continue
+            if now - max(self._heard, self._opened) > PATIENCE_SECONDS:
                 stream.cancel()  # which its reader takes for an outage
+            elif now - self._opened > RETURN_SECONDS and self._may_return():
+                self._returning = True
+                stream.cancel()
+
+    def _may_return(self) -> bool:
+        heard = self._endpoints.heard
+        return heard is not None and not self._endpoints.is_best(heard)
