@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import pytest
-from fault_support import SOAK, Ledger, PostgresSite, running, until
 
 import openkcm
+from fault_support import SOAK, Ledger, PostgresSite, running, until
 from openkcm.errors import KeyDestroyed, StoreUnavailable, TenantDark
 from openkcm.gateway import ServiceHandle
 from openkcm.testing.postgres import PostgresServer

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from fault_support import SOAK, PostgresSite, until
 
 import openkcm
+from fault_support import SOAK, PostgresSite, until
 from openkcm.errors import CoreUnavailable, TenantDark
 from openkcm.rpc.client import RemoteCore
 from openkcm.rpc.frame_client import FrameTransport

@@ -13,9 +13,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from fault_support import SOAK, Ledger, PostgresSite, running
 
 import openkcm
+from fault_support import SOAK, Ledger, PostgresSite, running
 from openkcm.testing.postgres import PostgresServer
 from openkcm.testing.tcp_proxy import TcpProxy
 from rpc_support import Replica
@@ -54,7 +54,7 @@ def pair(folder: Path, server: PostgresServer) -> Iterator[Pair]:
 
 
 def rotate(pair: Pair) -> None:
-    """A new version of the service key now and then, at a replica that may be killed meanwhile: who asked asks again."""
+    """A new version of the service key now and then, at a replica that may be killed over it."""
     time.sleep(0.1)
     replica = random.choice(pair.replicas)
     try:
