@@ -70,11 +70,11 @@ class Crowd:
     def half(self) -> None:
         """One that announces a request of the largest size and sends some of it."""
         secured = self.idle()
-        length = wire.MAX_MESSAGE_BYTES
         if self._way == "grpc":
             secured.sendall(struct.pack(">I", 16384)[1:] + bytes((0, 0, 0, 0, 0, 1)) + bytes(100))
         else:
-            secured.sendall(struct.pack(">IBBII", length, frames.REQUEST, 2, 1, 5000) + bytes(100))
+            header = struct.pack(">IBBII", wire.MAX_MESSAGE_BYTES, frames.REQUEST, 2, 1, 5000)
+            secured.sendall(header + bytes(100))
 
     def close(self) -> None:
         """End them."""
@@ -229,15 +229,39 @@ def test_without_descriptors_those_connected_go_on_and_others_come_later(way: st
         one.ask()
 
 
+@pytest.mark.parametrize("connections", [600, 10**6])
+def test_the_service_takes_the_descriptors_that_it_needs(connections: int, tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert soft != resource.RLIM_INFINITY
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 300), hard))
+    try:
+        replica = site.start(**{"limits.connections": connections})
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with replica:
+        allowed, _ = resource.prlimit(replica.pid, resource.RLIMIT_NOFILE)
+        if connections < allowed:
+            assert allowed < 2 * connections
+        else:
+            assert allowed == hard
+            assert "LimitNOFILE" in replica.log.read_text()
+
+
 # ---- requests that are too much, or too little -------------------------------------------------------------------
 
 
 def wrap_call(site: Site, replica: Replica, size: int) -> Any:
     """A request of that many bytes over gRPC, from a client that itself has no bounds."""
     key, chain, roots = site.tls().pem()
-    with grpc.secure_channel(
-        f"127.0.0.1:{replica.ports['grpc']}", grpc.ssl_channel_credentials(roots, key, chain), options=OPTIONS
-    ) as channel, pytest.raises(grpc.RpcError) as raised:
+    with (
+        grpc.secure_channel(
+            f"127.0.0.1:{replica.ports['grpc']}",
+            grpc.ssl_channel_credentials(roots, key, chain),
+            options=OPTIONS,
+        ) as channel,
+        pytest.raises(grpc.RpcError) as raised,
+    ):
         channel.unary_unary("/openkcm.v1.Keys/WrapKeys")(bytes(size), timeout=60)
     return raised.value
 

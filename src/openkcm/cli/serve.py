@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import signal
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Final, TextIO
 
 import typer
 
@@ -24,6 +25,10 @@ from .output import settings
 if TYPE_CHECKING:
     from ..rpc.config import ServeConfig
     from ..rpc.standard_error import StandardError
+
+
+OWN_DESCRIPTORS: Final = 512
+"""What a server has open beside its Gateways' connections: the store's, the roots', files."""
 
 
 def register(app: typer.Typer) -> None:
@@ -101,9 +106,30 @@ def _told_to_end(number: int, stop: threading.Event) -> None:
     stop.set()
 
 
+def _take_descriptors(connections: int) -> None:
+    """Raise our own limit on descriptors to what so many connections need, as far as the machine allows it.
+
+    The soft limit is often 1024, for programs that use select(); without descriptors even the store cannot be asked.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = connections + OWN_DESCRIPTORS
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < needed:
+        logging.getLogger("openkcm.rpc").warning(
+            "%d connections need %d descriptors and this process may have %d: lower limits.connections, or raise "
+            "LimitNOFILE= in the systemd unit",
+            connections,
+            needed,
+            allowed,
+        )
+
+
 def _serve(config: ServeConfig, said: StandardError, stop: threading.Event) -> None:
     from ..rpc.serving import CoreServer
 
+    _take_descriptors(config.limits.connections)
     server = CoreServer(config)
     said.tell_handshakes(server.note_handshake)
     server.start()
