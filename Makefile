@@ -61,11 +61,13 @@ endef
 CIPHER_TESTS := $(patsubst %,tests/unit/test_%.py,crypto vectors golden streams rows gateway) \
     tests/contract/test_backends_agree.py tests/fuzz
 
-# Each provider's own tests know nothing of the backends, and run once. ARGS runs just what it names, on both backends.
-test: $(VENV)/.native $(VENV)/.dev  ## The test suite: each provider, then everything else once on each backend
+# What knows nothing of the backends runs once: providers, stores, servers, and their faults. ARGS runs just what it names, on both backends.
+test: $(VENV)/.native $(VENV)/.dev  ## The test suite: providers, stores and servers, then all else once on each backend
 ifeq ($(ARGS),)
 	@status=0; \
-	echo "== roots of trust"; $(PYTEST) -n 2 tests/roots </dev/null || status=1; \
+	echo "== roots of trust, stores and servers"; \
+	$(PYTEST) -n 2 tests/roots tests/service </dev/null || status=1; \
+	$(PYTEST) tests/faults </dev/null || status=1; \
 	$(call backend_tests,fast,native) \
 	echo "== the native backend on OpenSSL alone"; \
 	OPENKCM_BACKEND=fast OPENKCM_AES=evp $(PYTEST) -n 2 $(CIPHER_TESTS) </dev/null || status=1; \
