@@ -74,6 +74,9 @@ CREATE TABLE IF NOT EXISTS openkcm_key_store (
     salt BYTEA NOT NULL CHECK (octet_length(salt) = 32)
 )""",
 )
+_MADE_MEANWHILE: Final = (errors.UniqueViolation, errors.DuplicateTable, errors.DuplicateObject)
+"""What PostgreSQL says, by how far it got, to the second of two who make a table at once: IF NOT EXISTS does not wait."""
+
 # A salt is made for an empty store only: under a new one, nobody would find the subjects that are there.
 _MAKE_SALT: Final = """
 INSERT INTO openkcm_key_store (one, version, salt)
@@ -228,7 +231,7 @@ class PostgresKeyStore:
         try:
             self._query(_BURIED, (b"", []), expected=errors.UndefinedTable)
         except errors.UndefinedTable:
-            self._change(_TOMBSTONES, (), again=(errors.UniqueViolation, errors.DuplicateTable))
+            self._change(_TOMBSTONES, (), again=_MADE_MEANWHILE)
 
     def _add(self, service_id: bytes, keys: Sequence[StoredKey]) -> Mapping[bytes, StoredKey]:
         counting: dict[bytes, StoredKey] = {}
@@ -257,7 +260,7 @@ class PostgresKeyStore:
         except errors.UndefinedTable:
             # Two who make a table at once may both be told that it is not there, and one then that it is.
             for statement in _SCHEMA:
-                self._change(statement, (), again=(errors.UniqueViolation, errors.DuplicateTable))
+                self._change(statement, (), again=_MADE_MEANWHILE)
             rows = []
         if not rows:
             self._change(_MAKE_SALT, (VERSION, random_bytes(SALT_BYTES)))
