@@ -66,7 +66,7 @@ test: $(VENV)/.native $(VENV)/.dev  ## The test suite: providers, stores and ser
 ifeq ($(ARGS),)
 	@status=0; \
 	echo "== roots of trust, stores and servers"; \
-	$(PYTEST) -n 2 tests/roots tests/service </dev/null || status=1; \
+	$(PYTEST) -n 4 tests/roots tests/service </dev/null || status=1; \
 	$(PYTEST) tests/faults </dev/null || status=1; \
 	$(call backend_tests,fast,native) \
 	echo "== the native backend on OpenSSL alone"; \
