@@ -18,7 +18,7 @@ import openkcm.errors
 
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "openkcm"
 
-VOCABULARY = {"clock", "errors", "limits", "keys", "context", "envelope", "identity"}
+VOCABULARY = {"clock", "errors", "limits", "keys", "context", "envelope", "identity", "waiting"}
 # What a part may import besides itself. Core and Gateway do not know each other.
 MAY_IMPORT = {
     "_fast": set(),
@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "testing": VOCABULARY | {"roots"},
     "pki": VOCABULARY,
     "rpc": VOCABULARY | {"systemd", "crypto", "roots", "core", "gateway"},
+    "aio": VOCABULARY | {"gateway", "rpc"},
     "cli": VOCABULARY | {"crypto", "roots", "core", "gateway", "rpc", "pki", "testing", ""},
     # The package itself: the errors and the vocabulary at once, the rest when a name is first used.
     "": {"errors", "keys"},

@@ -16,6 +16,7 @@ from typing import Final
 
 from ..errors import OpenKCMError, Unavailable
 from ..keys import KeyService, Service
+from ..waiting import waiting_of
 from .errands import Errands
 from .keystore import Buried, KeyStore, NoKeyStore
 
@@ -96,7 +97,9 @@ class Background:
     """
 
     def __init__(self, core: KeyService, store: KeyStore) -> None:
-        self._every = [Errands("openkcm-refill"), Errands("openkcm-shred")] if core.far else []
+        waiting = waiting_of(core)
+        names = ("openkcm-refill", "openkcm-shred") if core.far else ()
+        self._every = [Errands(name, waiting) for name in names]
         self.refills: Errands | None = None
         self.delivery: Delivery | None = None
         if self._every:

@@ -46,6 +46,9 @@ class ColumnOpener:
         self._held = held
         self._inline = inline
         self._stored = stored
+        self._waiting = waiting = leases.waiting
+        self._open_rows = waiting.heavy_rows(crypto.open_rows)
+        self._open_names = waiting.heavy_rows(crypto.open_named)
 
     def decrypt(
         self, column: Any, *, context: Context, contexts: Any, out: Any, threads: int, errors: str, text: bool
@@ -63,7 +66,7 @@ class ColumnOpener:
         for at in bad:
             failures.add(at, self._why(cells, at))
         failures.settle()
-        job = Job(source, cells, bound, places, check_threads(threads))
+        job = Job(source, cells, bound, places, check_threads(threads), self._waiting)
         job.attach(out)
         try:
             if inline:
@@ -110,7 +113,7 @@ class ColumnOpener:
             if not version:
                 return False
             keys, failed = self._leases.open(WrappedKeys(Kind.INLINE, version, packed))
-            refused = crypto.open_rows(
+            refused = self._open_rows(
                 self._inline,
                 job.cells,
                 job.contexts,
@@ -159,7 +162,7 @@ class ColumnOpener:
         failed: dict[int, OpenKCMError],
     ) -> None:
         def open_run(start: int, stop: int) -> None:
-            refused = crypto.open_named(
+            refused = self._open_names(
                 self._stored, job.cells, job.contexts, job.places, start, stop, table, ring, marks
             )
             failures.add_all(refused, failed)

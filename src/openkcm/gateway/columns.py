@@ -18,6 +18,7 @@ from ..envelope import INLINE_OVERHEAD, STORED_OVERHEAD
 from ..errors import InvalidInput, LimitExceeded, OpenKCMError, SecretMemoryError
 from ..keys import KeyService, Kind, Service, check_subject
 from ..limits import MAX_CONTEXT_BYTES, MAX_KEYS_PER_CALL, MAX_RECORD_BYTES
+from ..waiting import Waiting, waiting_of
 from .column import Column
 from .policy import DataKeyPolicy
 from .pool import SharedKeys
@@ -47,6 +48,7 @@ class Job:
     contexts: Any
     places: Places
     threads: int
+    waiting: Waiting
 
     def attach(self, out: Any, others: Iterable[Cells] = (), sealed: bool = False) -> None:
         """Give the result its memory: the caller's, if it holds all of it and none of what is read.
@@ -74,7 +76,7 @@ class Job:
 
     def share(self, rows: int, work: Callable[[int, int], None]) -> None:
         """Work on runs of the rows, in the caller's number of threads."""
-        share(self.places, rows, self.threads, work)
+        share(self.places, rows, self.threads, work, self.waiting)
 
     def result(self, text: bool = False) -> Any:
         """The finished column, in the shape of the caller's."""
@@ -123,6 +125,9 @@ class ColumnSealer:
         self._held = held
         self._inline = inline
         self._stored = stored
+        self._waiting = waiting = waiting_of(core)
+        self._seal_rows = waiting.heavy_rows(crypto.seal_rows)
+        self._seal_names = waiting.heavy_rows(crypto.seal_named)
 
     def encrypt(
         self,
@@ -154,7 +159,7 @@ class ColumnSealer:
         most = cells.total + (STORED_OVERHEAD if stored else INLINE_OVERHEAD) * (cells.count - cells.nulls)
         places = Places(cells.count, most, source.wide)
         places.lay_sealed(cells, self._stored if stored else self._inline)
-        job = Job(source, cells, bound, places, check_threads(threads))
+        job = Job(source, cells, bound, places, check_threads(threads), self._waiting)
         job.attach(out, () if names is None else (names[0],), True)
         try:
             if names is not None:
@@ -176,7 +181,7 @@ class ColumnSealer:
         if count:
             keys = crypto.generate_keys(count)
             wrapped = self._core.wrap_keys(self._service, keys, Kind.INLINE)
-            crypto.seal_rows(
+            self._seal_rows(
                 self._inline,
                 job.cells,
                 job.contexts,
@@ -197,7 +202,7 @@ class ColumnSealer:
             key, taken = shared.reserve(sizes, 0, count)
             end = stop if taken == count else job.cells.after(start, taken)
             try:
-                crypto.seal_rows(
+                self._seal_rows(
                     self._inline,
                     job.cells,
                     job.contexts,
@@ -219,7 +224,7 @@ class ColumnSealer:
         """One subject's data key, opened anew for every run: a shred in between is seen."""
         if job.cells.valid(start, stop):
             opened = self._subjects.open([subject])
-            crypto.seal_rows(
+            self._seal_rows(
                 self._stored,
                 job.cells,
                 job.contexts,
@@ -254,7 +259,7 @@ class ColumnSealer:
             ring = KeyRing(first, [each.keys for each in opened], [each.ids for each in opened])
 
             def seal(start: int, stop: int, ring: KeyRing = ring) -> None:
-                crypto.seal_named(
+                self._seal_names(
                     self._stored, job.cells, job.contexts, job.places, start, stop, table, names, ring
                 )
 

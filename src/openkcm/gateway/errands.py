@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a Gateway does in the background: errands that are run when they are due.
 
-Invariant: one thread, which is there only while there are errands; an errand that fails is no caller's failure. Errands
-do not keep what they are for alive.
+Invariant: they run one after the other, in a thread that is there only while there are errands; one that fails is no
+caller's failure. Errands do not keep what they are for alive.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, Final
+
+from ..waiting import THREADS, Waiting
 
 logger = logging.getLogger("openkcm.gateway")
 
@@ -25,13 +26,14 @@ _IDLE_SECONDS: Final = 5.0
 class Errands:
     """Runs errands one after the other."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, waiting: Waiting = THREADS) -> None:
         self._name = name
+        self._waiting = waiting
         self.after_fork()
 
     def after_fork(self) -> None:
         """Start without errands: they were the parent's, and so was the thread."""
-        self._wake = threading.Condition(threading.Lock())
+        self._wake = self._waiting.condition()
         self._due: dict[Hashable, tuple[float, weakref.WeakMethod[Errand]]] = {}
         self._running = False
         self._stopped = False
@@ -49,7 +51,7 @@ class Errands:
                 self._due[key] = (due, weakref.WeakMethod(errand))
             if not self._running:
                 self._running = True
-                threading.Thread(target=self._run, name=self._name, daemon=True).start()
+                self._waiting.spawn(self._run, self._name)
             else:
                 self._wake.notify()
 

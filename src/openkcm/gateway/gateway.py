@@ -16,6 +16,7 @@ from typing import cast
 
 from ..errors import CoreUnavailable, InvalidInput
 from ..keys import Change, Event, KeyService, check_name
+from ..waiting import waiting_of
 from .background import Background
 from .keystore import KeyStore, NoKeyStore, open_key_store
 from .policy import DataKeyPolicy, PoolPolicy
@@ -49,7 +50,7 @@ class Gateway:
         pool: PoolPolicy | None = None,
     ) -> None:
         self._core = core
-        self._keys = _key_store(core, keys)
+        self._keys = waiting_of(core).store(_key_store(core, keys))
         self._owns_keys = not hasattr(keys, "find_ids")
         self._policy = policy or DataKeyPolicy()
         self._pool = pool or PoolPolicy()

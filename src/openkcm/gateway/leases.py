@@ -20,6 +20,7 @@ from ..crypto import SecretKeys
 from ..envelope import INLINE_PLACE_BYTES, pack_place
 from ..errors import OpenKCMError, SecretMemoryError
 from ..keys import KeyService, Service, WrappedKeys
+from ..waiting import Timer, waiting_of
 
 MOST_KEPT: Final = 1024
 """Keys kept for each service; the oldest goes first."""
@@ -44,12 +45,14 @@ class Leases:
         kept: keys by their places, each with the moments of its opening and of its end; to be read only.
         stands: up to which moment the Core's last word that a lease stands is good.
         clock: what these moments are of.
+        waiting: how the Core's callers wait.
     """
 
     def __init__(self, core: KeyService, service: Service, clock: Callable[[], float] = awake_clock) -> None:
         self._core = core
         self._service = service
         self.clock = clock
+        self.waiting = waiting_of(core)
         self.after_fork()
 
     def after_fork(self) -> None:
@@ -58,7 +61,7 @@ class Leases:
         self.kept: dict[bytes, _Kept] = {}
         self._epoch = 0
         self.stands = -math.inf
-        self._timer: threading.Timer | None = None
+        self._timer: Timer | None = None
 
     def open(self, wrapped: WrappedKeys) -> tuple[SecretKeys, Mapping[int, OpenKCMError]]:
         """Open data keys: by a copy of the one that is kept, or by the Core. The caller wipes what this gives.
@@ -154,10 +157,7 @@ class Leases:
         self._drop(oldest)
 
     def _start_timer(self, until: float) -> None:
-        timer = threading.Timer(max(0.01, until - self.clock()), _weak_tick(self))
-        timer.daemon = True
-        timer.start()
-        self._timer = timer
+        self._timer = self.waiting.timer(max(0.01, until - self.clock()), _weak_tick(self))
 
     def _tick(self) -> None:
         self.sweep()

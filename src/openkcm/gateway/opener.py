@@ -8,7 +8,7 @@ and commitment were right.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..crypto import RecordCipher, SecretKeys
@@ -19,6 +19,9 @@ from ..limits import KEY_ID_BYTES
 from .batches import Contexts, Groups, at_index, index_of, pick, place_failures, settle
 from .leases import Leases
 from .subjects import SubjectKeys
+
+OpenMany = Callable[..., tuple[list[Any], list[int]]]
+"""As ``RecordCipher.open_many``."""
 
 
 class Opener:
@@ -37,7 +40,10 @@ class Opener:
         self._subjects = subjects
         self._inline = inline
         self._stored = stored
-        self._open_one = inline.open_one
+        waiting = leases.waiting
+        self._open_one = waiting.heavy(inline.open_one, 3)
+        self._open_inline = waiting.heavy(inline.open_many, 3)
+        self._open_subjects = waiting.heavy(stored.open_many, 3)
 
     def open(self, blobs: list[Any], contexts: Contexts, in_place: bool) -> list[Any]:
         """Open envelopes of any record kind and version; outcomes in their order, as ``decrypt_many`` has them."""
@@ -45,7 +51,7 @@ class Opener:
         if gathered is not None and gathered[0]:
             keys, failures = self._leases.open(WrappedKeys(Kind.INLINE, gathered[0], gathered[1]))
             if not failures:
-                return self._open_all(self._inline, keys, gathered[2], blobs, contexts, in_place)
+                return self._open_all(self._open_inline, keys, gathered[2], blobs, contexts, in_place)
             keys.wipe()
         elif gathered is None and (gathered := self._stored.gather(blobs)) is not None and not gathered[0]:
             records = self._open_stored_only(gathered[1], blobs, contexts, in_place)
@@ -56,7 +62,7 @@ class Opener:
             packed = b"".join([groups.data_keys[at] for at in positions])
             keys, failures = self._leases.open(WrappedKeys(Kind.INLINE, version, packed))
             self._open_group(
-                self._inline, keys, failures, positions, positions, blobs, contexts, groups.outcomes
+                self._open_inline, keys, failures, positions, positions, blobs, contexts, groups.outcomes
             )
         if groups.stored:
             self._open_stored(groups, blobs, contexts)
@@ -97,7 +103,7 @@ class Opener:
         opened, failures = self._subjects.open_ids(ids)
         if failures or len(opened) != 1:
             return None
-        return self._open_all(self._stored, opened[0].keys, index, blobs, contexts, in_place)
+        return self._open_all(self._open_subjects, opened[0].keys, index, blobs, contexts, in_place)
 
     def _open_stored(self, groups: Groups, blobs: list[Any], contexts: Contexts) -> None:
         distinct, index = index_of([groups.data_keys[at] for at in groups.stored])
@@ -117,12 +123,12 @@ class Opener:
                 for _ in places[place]
             ]
             self._open_group(
-                self._stored, group.keys, {}, owners, positions, blobs, contexts, groups.outcomes
+                self._open_subjects, group.keys, {}, owners, positions, blobs, contexts, groups.outcomes
             )
 
     def _open_group(
         self,
-        cipher: RecordCipher,
+        open_many: OpenMany,
         keys: SecretKeys,
         failures: Mapping[int, OpenKCMError],
         owners: list[int],
@@ -138,7 +144,7 @@ class Opener:
         if left:
             index = array("I", [owners[at] for at in left])
             places = [positions[at] for at in left]
-            opened, failed = cipher.open_many(
+            opened, failed = open_many(
                 keys, index, pick(contexts, places), [blobs[at] for at in places], True
             )
             for at, record in zip(places, opened, strict=True):
@@ -149,14 +155,14 @@ class Opener:
 
     def _open_all(
         self,
-        cipher: RecordCipher,
+        open_many: OpenMany,
         keys: SecretKeys,
         index: Any,
         blobs: list[Any],
         contexts: Contexts,
         in_place: bool,
     ) -> list[Any]:
-        records, failed = cipher.open_many(keys, index, contexts, blobs, in_place)
+        records, failed = open_many(keys, index, contexts, blobs, in_place)
         keys.wipe()
         if not failed:
             return records

@@ -20,6 +20,7 @@ from ..crypto import SecretKeys
 from ..errors import OpenKCMError, SecretMemoryError, Unavailable
 from ..keys import KeyService, Kind, Service
 from ..limits import WRAPPED_KEY_BYTES
+from ..waiting import waiting_of
 from .errands import Errands
 from .policy import DataKeyPolicy, PoolPolicy
 
@@ -67,7 +68,8 @@ class Pool:
         self._policy = policy
         self._errands = errands if policy.keys > 1 else None
         self._count = max(1, policy.keys if self._errands is None else policy.keys // 2)
-        self._filling = threading.Lock()
+        self.waiting = waiting_of(core)
+        self._filling = self.waiting.lock()
         self._lock = threading.Lock()
         self._epoch = 0
         self._spare: ReadyKeys | None = None
@@ -188,7 +190,7 @@ class SharedKeys:
     def __init__(self, pool: Pool, policy: DataKeyPolicy) -> None:
         self._pool = pool
         self._policy = policy
-        self._lock = threading.Lock()
+        self._lock = pool.waiting.lock()
         self._epoch = 0
         self._current: CurrentKey | None = None
 

@@ -16,6 +16,7 @@ from ..crypto import SecretKeys, StreamCipher
 from ..envelope import fixed_header, payload_aad
 from ..errors import DecryptError, SecretMemoryError, TenantDark
 from ..keys import KeyService, Kind, Service, WrappedKeys
+from ..waiting import waiting_of
 from .streams import Reader, Writer, open_segments, read_header, seal_segments, write_fully
 from .subjects import SubjectKeys
 
@@ -33,6 +34,11 @@ class RunningStreams:
     def __init__(self, core: KeyService, service: Service) -> None:
         self._core = core
         self._service = service
+        waiting = waiting_of(core)
+        # Files are read and written in these, which wait for them as files do.
+        self._write = waiting.apart(_write)
+        self._read_header = waiting.apart(read_header)
+        self._open_segments = waiting.apart(open_segments)
         self._lock = threading.Lock()
         self._epoch = 0
         self._streams: weakref.WeakSet[_Running] = weakref.WeakSet()
@@ -59,12 +65,12 @@ class RunningStreams:
         """
         with self._run(keys, self._aad(kind, data_key, context), None, epoch) as cipher:
             header = fixed_header(kind, self._service.service_id, version) + data_key + cipher.nonce
-            return write_fully(target, header) + seal_segments(cipher, source, target)
+            return self._write(cipher, header, source, target)
 
     def decrypt(self, source: Reader, target: Writer, context: bytes, subjects: SubjectKeys) -> int:
         """Read header and segments."""
         epoch = self._epoch
-        envelope = read_header(source)
+        envelope = self._read_header(source)
         if envelope.service_id != self._service.service_id:
             raise DecryptError
         if envelope.kind.stored:
@@ -79,7 +85,7 @@ class RunningStreams:
             raise failures[0]
         aad = self._aad(envelope.kind, envelope.data_key, context)
         with self._run(keys, aad, envelope.nonce, epoch) as cipher:
-            return open_segments(cipher, source, target)
+            return self._open_segments(cipher, source, target)
 
     def _aad(self, kind: Kind, data_key: bytes, context: bytes) -> bytes:
         return payload_aad(kind, self._service.service_id) + (data_key if kind.stored else b"") + context
@@ -111,3 +117,7 @@ class RunningStreams:
             streams = list(self._streams)
         for running in streams:
             running.cipher.wipe()
+
+
+def _write(cipher: StreamCipher, header: bytes, source: Reader, target: Writer) -> int:
+    return write_fully(target, header) + seal_segments(cipher, source, target)

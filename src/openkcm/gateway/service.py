@@ -17,6 +17,7 @@ from ..envelope import VERSION_OFFSET, fixed_header, payload_aad
 from ..errors import InvalidInput, LimitExceeded, OpenKCMError, SecretMemoryError
 from ..keys import KeyService, Kind, Service, WrappedKeys
 from ..limits import KEY_ID_BYTES, WRAPPED_KEY_BYTES
+from ..waiting import waiting_of
 from .background import Background
 from .batches import (
     Contexts,
@@ -73,8 +74,12 @@ class ServiceHandle:
         self._inline = _cipher(Kind.INLINE, service, WRAPPED_KEY_BYTES)
         self._stored = _cipher(Kind.STORED, service, KEY_ID_BYTES)
         self._opener = Opener(service, self._leases, self._subjects, self._inline, self._stored)
-        self._seal_one = self._inline.seal_one
-        self._open_kept = self._inline.open_kept
+        waiting = waiting_of(core)
+        self._seal_one = waiting.heavy(self._inline.seal_one, 5)
+        self._open_kept = waiting.heavy(self._inline.open_kept, 4)
+        self._seal_many = waiting.heavy(self._inline.seal_many, 5)
+        self._seal_subjects = waiting.heavy(self._stored.seal_many, 5)
+        self._seal_subject = waiting.heavy(self._stored.seal_one, 5)
         self._single_use = policy.records == 1
         self.after_fork()
 
@@ -113,7 +118,7 @@ class ServiceHandle:
         encoded = ABSENT if context is None else encode_context(context)
         if subject is not None:
             opened = self._subjects.open([subject])
-            return self._stored.seal_one(opened.keys, 0, 0, opened.ids, encoded, data, True)
+            return self._seal_subject(opened.keys, 0, 0, opened.ids, encoded, data, True)
         if not self._single_use:
             return self._encrypt_shared([data], encoded)[0]
         while True:
@@ -374,7 +379,7 @@ class ServiceHandle:
         """A new data key for every record."""
         keys = generate_keys(len(part))
         wrapped = self._core.wrap_keys(self._service, keys, Kind.INLINE)
-        sealed = self._inline.seal_many(keys, None, wrapped.version, wrapped.wrapped, contexts, part)
+        sealed = self._seal_many(keys, None, wrapped.version, wrapped.wrapped, contexts, part)
         keys.wipe()
         return sealed
 
@@ -386,7 +391,7 @@ class ServiceHandle:
         except (InvalidInput, LimitExceeded) as error:
             error.index = first_bad_subject(names) if len(names) == len(part) else None
             raise
-        sealed = self._stored.seal_many(opened.keys, index, 0, opened.ids, contexts, part)
+        sealed = self._seal_subjects(opened.keys, index, 0, opened.ids, contexts, part)
         opened.keys.wipe()
         return sealed
 
@@ -400,7 +405,7 @@ class ServiceHandle:
             part = items if taken == len(items) else items[start : start + taken]
             encoded = part_of(contexts, start, start + taken)
             try:
-                results += self._inline.seal_many(key.keys, None, key.version, key.wrapped, encoded, part)
+                results += self._seal_many(key.keys, None, key.version, key.wrapped, encoded, part)
             except SecretMemoryError:
                 if not key.keys.wiped:
                     raise  # else the next round asks the Core

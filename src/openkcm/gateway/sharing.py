@@ -15,6 +15,7 @@ from typing import Final
 
 from ..crypto import KeyRing, Places
 from ..errors import InvalidInput, SecretMemoryError, TenantDark
+from ..waiting import Waiting
 
 MOST_THREADS: Final = 256
 RUN_BYTES: Final = 16 * 1024 * 1024
@@ -33,7 +34,7 @@ def check_threads(threads: object) -> int:
     return threads
 
 
-def share(places: Places, rows: int, threads: int, work: Work) -> None:
+def share(places: Places, rows: int, threads: int, work: Work, waiting: Waiting) -> None:
     """Call ``work(start, stop)`` for runs of at most ``rows`` rows until all are done, in up to so many threads."""
     if threads == 1 or places.count <= rows:
         start = 0
@@ -44,18 +45,7 @@ def share(places: Places, rows: int, threads: int, work: Work) -> None:
         return
     rows = min(rows, -(-places.count // (SHARES * threads)))
     runs = _Runs(places, rows, work)
-    others = [
-        threading.Thread(target=runs.work, name=f"openkcm-column-{number}", daemon=True)
-        for number in range(1, min(threads, -(-places.count // rows)))
-    ]
-    for thread in others:
-        thread.start()
-    try:
-        runs.work()
-    finally:
-        runs.stop()  # the caller's thread was interrupted, or there is nothing left
-        for thread in others:
-            thread.join()
+    waiting.together(min(threads, -(-places.count // rows)), runs.work, "openkcm-column")
     runs.settle()
 
 
@@ -71,12 +61,15 @@ class _Runs:
         self._failed: dict[int, BaseException] = {}
 
     def work(self) -> None:
-        while (run := self._take()) is not None:
-            try:
-                self._work(*run)
-            except Exception as error:
-                with self._lock:
-                    self._failed[run[0]] = error
+        try:
+            while (run := self._take()) is not None:
+                try:
+                    self._work(*run)
+                except Exception as error:
+                    with self._lock:
+                        self._failed[run[0]] = error
+        finally:
+            self.stop()  # interrupted, or there is nothing left
 
     def _take(self) -> tuple[int, int] | None:
         with self._lock:

@@ -36,6 +36,7 @@ from ..errors import (
 )
 from ..keys import Change, Event, Kind, OpenedKeys, Service, WrappedKeys, check_name
 from ..limits import KEY_ID_BYTES, MAX_KEYS_PER_CALL, SERVICE_ID_BYTES
+from ..waiting import THREADS, Waiting
 from . import keys_pb2 as pb
 from . import wire
 from .endpoint import Endpoint, Endpoints
@@ -74,6 +75,7 @@ class RemoteCore:
         credentials: this Gateway's certificate and key, for the inner channel.
         server_name: what the Core's certificate must be for; by default each address's host.
         deadline: seconds for which an answer is waited for.
+        waiting: how callers wait; the connector's transports wait in the same way.
     """
 
     far: Final = True
@@ -87,19 +89,21 @@ class RemoteCore:
         *,
         server_name: str | None = None,
         deadline: float = DEADLINE_SECONDS,
+        waiting: Waiting = THREADS,
     ) -> None:
         if not deadline > 0:
             raise InvalidInput("a deadline is a number of seconds above zero")
         self._deadline = deadline
+        self.waiting = waiting
         self._closed = False
         self._make: Callable[[], Endpoints] = lambda: Endpoints(
-            [Endpoint(each, connector, credentials, server_name) for each in addresses]
+            [Endpoint(each, connector, credentials, server_name, waiting) for each in addresses], waiting
         )
         self._start()
         _instances.add(self)
 
     def _start(self) -> None:
-        self._joined = Joined(self._unwrap)
+        self._joined = Joined(self._unwrap, waiting=self.waiting)
         self._changes = 0
         self._endpoints = self._make()
         self._granted: dict[bytes, float] = {}
@@ -327,7 +331,7 @@ class RemoteCore:
         pause = PAUSE_SECONDS * random.uniform(0.5, 1.0)
         if time.monotonic() + pause >= end:
             return False
-        time.sleep(pause)
+        self.waiting.sleep(pause)
         self._check_open()
         return True
 
@@ -337,7 +341,7 @@ class RemoteCore:
             if not self._listeners:
                 return
             if self._watcher is None:
-                self._watcher = Watcher(self._endpoints, weakref.WeakMethod(self._on_event))
+                self._watcher = Watcher(self._endpoints, weakref.WeakMethod(self._on_event), self.waiting)
             watcher = self._watcher
         watcher.wait(min(FIRST_WORD_SECONDS, self._deadline / 4))
 

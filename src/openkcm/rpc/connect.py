@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from ..errors import InvalidInput
+from ..waiting import THREADS, Waiting
 from .client import RemoteCore
 from .frame_client import FrameTransport
 from .session import Credentials
@@ -69,21 +70,27 @@ def connect(addresses: str | Sequence[str], *, tls: TLS, deadline: float = 5.0) 
         InvalidInput: an address is none.
         ConfigurationError: a certificate or a key cannot be used.
     """
+    return make_core(addresses, tls, deadline, THREADS)
+
+
+def make_core(addresses: str | Sequence[str], tls: TLS, deadline: float, waiting: Waiting) -> RemoteCore:
+    """As ``connect``, for callers who wait in some way."""
     if not isinstance(tls, TLS):
         raise InvalidInput("tls is an openkcm.TLS(certificate=..., key=..., roots=...)")
     wanted = [addresses] if isinstance(addresses, str) else list(addresses)
     return RemoteCore(
         wanted,
-        lambda address: _transport(address, tls),
+        lambda address: _transport(address, tls, waiting),
         tls.load(),
         server_name=tls.server_name,
         deadline=deadline,
+        waiting=waiting,
     )
 
 
-def _transport(address: str, tls: TLS) -> Transport:
+def _transport(address: str, tls: TLS, waiting: Waiting) -> Transport:
     if not address.startswith(GRPC):
-        return FrameTransport(address, tls.pem, tls.server_name)
+        return FrameTransport(address, tls.pem, tls.server_name, waiting=waiting)
     # gRPC itself only when it is needed, and in the process that needs it: it does not survive a fork.
     from .grpc_client import GrpcTransport
 

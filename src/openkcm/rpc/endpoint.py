@@ -13,9 +13,11 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Final
 
 from ..errors import CoreUnavailable, InvalidInput, OpenKCMError
+from ..waiting import THREADS, Event, Waiting
 from . import keys_pb2 as pb
 from . import wire
 from .session import ChannelReply, Credentials, Session, begin, finish
@@ -38,14 +40,19 @@ class Endpoint:
     """One address."""
 
     def __init__(
-        self, address: str, connector: Connector, credentials: Credentials, server_name: str | None
+        self,
+        address: str,
+        connector: Connector,
+        credentials: Credentials,
+        server_name: str | None,
+        waiting: Waiting = THREADS,
     ) -> None:
         self.address = address
         self._connector = connector
         self._credentials = credentials
         self._server_name = server_name or host_of(address)
         self._lock = threading.Lock()
-        self._agreeing = threading.Lock()
+        self._agreeing = waiting.lock()
         self._transport: Transport | None = None
         self._session: Session | None = None
         self.failures = 0
@@ -145,14 +152,15 @@ class Endpoints:
             does not know of yet, as a kill, nobody would tell again.
     """
 
-    def __init__(self, endpoints: Sequence[Endpoint]) -> None:
+    def __init__(self, endpoints: Sequence[Endpoint], waiting: Waiting = THREADS) -> None:
         if not endpoints:
             raise InvalidInput("a Core has at least one address")
         self._all = list(endpoints)
         self.addresses = [each.address for each in self._all]
         self._lock = threading.Lock()
         self._trying: set[str] = set()
-        self._closed = threading.Event()
+        self._closed = waiting.event()
+        self._waiting = waiting
         self.heard: Endpoint | None = None
 
     def in_order(self) -> list[Endpoint]:
@@ -167,19 +175,14 @@ class Endpoints:
         return all(each.failures for each in self._all[: self._all.index(endpoint)])
 
     def failed(self, endpoint: Endpoint) -> None:
-        """It did not answer: ask it last until it does, which a thread of its own finds out."""
+        """It did not answer: ask it last until it does, which is found out in the background."""
         with self._lock:
             endpoint.failures = max(endpoint.failures, 1)
             # One that is alone is asked by every call anyway.
             if len(self._all) == 1 or endpoint.address in self._trying or self._closed.is_set():
                 return
             self._trying.add(endpoint.address)
-        threading.Thread(
-            target=_try_again,
-            args=(weakref.ref(self), endpoint, self._closed),
-            name="openkcm-retry",
-            daemon=True,
-        ).start()
+        self._waiting.spawn(partial(_try_again, weakref.ref(self), endpoint, self._closed), "openkcm-retry")
 
     def answered(self, endpoint: Endpoint) -> None:
         """It answered."""
@@ -208,7 +211,7 @@ class Endpoints:
 _inherited: Final[list[Endpoints]] = []
 
 
-def _try_again(endpoints: weakref.ref[Endpoints], endpoint: Endpoint, closed: threading.Event) -> None:
+def _try_again(endpoints: weakref.ref[Endpoints], endpoint: Endpoint, closed: Event) -> None:
     """Ask an address that failed for a new session, again and again, until it answers or nobody wants to know."""
     pause = FIRST_PAUSE_SECONDS
     answered = False

@@ -16,6 +16,7 @@ import weakref
 from typing import Final
 
 from ..errors import ConfigurationError, CoreUnavailable, OpenKCMError
+from ..waiting import THREADS, Waiting
 from . import frames
 from .endpoint import host_of
 from .frame_link import CLOSED, SILENT, Link, Stale, failure
@@ -35,6 +36,7 @@ class FrameTransport:
         credentials: reads key, chain and roots, in PEM; called for each connection, so that they can be replaced.
         server_name: what the server's certificate must be for, if not the host.
         most: connections at a time.
+        waiting: how callers wait.
     """
 
     def __init__(
@@ -44,12 +46,14 @@ class FrameTransport:
         server_name: str | None = None,
         *,
         most: int = MOST_CONNECTIONS,
+        waiting: Waiting = THREADS,
     ) -> None:
         host_of(address)
         self.address = address
         self._credentials = credentials
         self._server_name = server_name
         self._most = most
+        self.waiting = waiting
         self._closed = False
         self._pem: frames.PEM | None = None
         self._context: ssl.SSLContext | None = None
@@ -57,7 +61,7 @@ class FrameTransport:
         _transports.add(self)
 
     def _start(self) -> None:
-        self._changed = threading.Condition(threading.Lock())
+        self._changed = self.waiting.condition()
         self._idle: list[Link] = []
         self._links: set[Link] = set()
         self._streams: weakref.WeakSet[FrameStream] = weakref.WeakSet()
@@ -153,7 +157,7 @@ class FrameTransport:
                     self._waiting -= 1
                 return None
             self._count += 1
-        link = Link(self.address)
+        link = Link(self.address, self.waiting)
         try:
             self._open(link, until)
         except BaseException:
@@ -229,7 +233,10 @@ class FrameStream:
             if self._cancelled:
                 raise self._closed()
             self._reading = True
-            opened, self._link = self._link is not None, self._link or Link(self._transport.address)
+            opened, self._link = (
+                self._link is not None,
+                self._link or Link(self._transport.address, self._transport.waiting),
+            )
         done = True
         try:
             if not opened:

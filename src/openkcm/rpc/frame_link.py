@@ -16,6 +16,7 @@ import time
 from typing import Final
 
 from ..errors import CoreUnavailable, FormatError, OpenKCMError
+from ..waiting import Waiting
 from . import frames, wire
 from . import keys_pb2 as pb
 from .endpoint import host_of
@@ -35,10 +36,11 @@ class Stale(Exception):
 class Link:
     """A connection to ``address``, ``HOST:PORT``; ``used`` once it has carried a call."""
 
-    __slots__ = ("_call", "_ended", "_poll", "_reader", "_sock", "address", "used")
+    __slots__ = ("_call", "_ended", "_poll", "_reader", "_sock", "_waiting", "address", "used")
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, waiting: Waiting) -> None:
         self.address = address
+        self._waiting = waiting
         self.used = False
         self._sock: socket.socket | None = None
         self._reader = frames.Reader()
@@ -55,10 +57,9 @@ class Link:
         """
         host, port = host_of(self.address), int(self.address.rpartition(":")[2])
         try:
-            self._sock = plain = socket.create_connection((host, port), _left(until))
+            self._sock = plain = self._waiting.connect(host, port, _left(until))
             frames.set_options(plain)
-            plain.settimeout(_left(until))
-            self._sock = sock = context.wrap_socket(plain, server_hostname=server_name or host)
+            self._sock = sock = self._waiting.secure(context, plain, server_name or host, _left(until))
             self._greet(sock, until)
         except OpenKCMError:
             self.close()

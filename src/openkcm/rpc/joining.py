@@ -3,9 +3,10 @@
 
 Invariant: nobody waits who could be asking: up to ``UNDERWAY`` calls of a service are under way at a time, and only
 what comes then is joined into the call that follows. Each caller gets a handle of its own on its key, and its own
-failure. Who asks for an inline key that a call under way is opening shares its answer, which is thus at most a call's
-time old. For a stored key that is not good enough, since no record may be encrypted under a key whose shredding was
-acknowledged before: that waits for the next call.
+failure; whoever is interrupted in a call leaves it to those who had joined it. Who asks for an inline key that a call
+under way is opening shares its answer, which is thus at most a call's time old. For a stored key that is not good
+enough, since no record may be encrypted under a key whose shredding was acknowledged before: that waits for the next
+call.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Final, NamedTuple, TypeAlias
 from ..errors import CoreUnavailable, InternalError, OpenKCMError
 from ..keys import Kind, OpenedKeys, Service, WrappedKeys
 from ..limits import MAX_KEYS_PER_CALL, WRAPPED_KEY_BYTES
+from ..waiting import THREADS, Waiting
 
 UNDERWAY: Final = 2
 """Calls of one service, kind and version at a time."""
@@ -31,11 +33,11 @@ class _Batch:
 
     __slots__ = ("answer", "done", "error", "go", "positions", "takers")
 
-    def __init__(self) -> None:
+    def __init__(self, waiting: Waiting) -> None:
         self.positions: dict[bytes, int] = {}
         self.takers = 0
-        self.go = threading.Event()
-        self.done = threading.Event()
+        self.go = waiting.event()
+        self.done = waiting.event()
         self.answer: OpenedKeys | None = None
         self.error: BaseException | None = None
 
@@ -60,8 +62,9 @@ class _Place(NamedTuple):
 class _Lane:
     """The calls of one service, kind and version."""
 
-    def __init__(self, place: _Place, most: int) -> None:
+    def __init__(self, place: _Place, most: int, waiting: Waiting) -> None:
         self.place = place
+        self._wait = waiting
         self._most = most
         self._lock = threading.Lock()
         self._underway = 0
@@ -74,13 +77,13 @@ class _Lane:
             batch = self._flying.get(key) or self._waiting
             leads = False
             if key not in self._flying and (self._underway < self._most or _is_full(batch)):
-                batch, leads = _Batch(), True
+                batch, leads = _Batch(self._wait), True
                 batch.add(key)
                 self._underway += 1
                 self._depart(batch)
                 return batch, True
             if batch is None:
-                batch, leads = _Batch(), True
+                batch, leads = _Batch(self._wait), True
                 self._waiting = batch
             batch.add(key)
             return batch, leads
@@ -133,9 +136,11 @@ class Joined:
     Args:
         ask: makes a call.
         most: calls of a service that may be under way before others are joined.
+        waiting: how callers wait for each other's calls.
     """
 
-    def __init__(self, ask: Ask, most: int = UNDERWAY) -> None:
+    def __init__(self, ask: Ask, most: int = UNDERWAY, waiting: Waiting = THREADS) -> None:
+        self._waiting = waiting
         self._ask = ask
         self._most = most
         self._lanes: dict[_Place, _Lane] = {}
@@ -147,18 +152,24 @@ class Joined:
             end: until when an answer is of use, on ``time.monotonic``.
         """
         place = _Place(service.service_id, wrapped.kind, wrapped.version)
-        lane = self._lanes.get(place) or self._lanes.setdefault(place, _Lane(place, self._most))
+        lane = self._lanes.get(place) or self._lanes.setdefault(
+            place, _Lane(place, self._most, self._waiting)
+        )
         key = wrapped.wrapped + wrapped.ids
-        batch, leads = lane.board(key)
-        try:
-            if leads:
-                self._lead(lane, batch, service, end)
-            elif not batch.done.wait(max(end - time.monotonic(), 0.0)):
-                raise CoreUnavailable("the Core did not answer in time")
-        except BaseException:
+        while True:
+            batch, leads = lane.board(key)
+            try:
+                if leads:
+                    self._lead(lane, batch, service, end)
+                elif not batch.done.wait(max(end - time.monotonic(), 0.0)):
+                    raise CoreUnavailable("the Core did not answer in time")
+            except BaseException:
+                lane.leave(batch)
+                raise
+            if batch.error is None or isinstance(batch.error, Exception):
+                return lane.take(batch, key)
+            # Who made the call was interrupted in it, which is nobody else's concern: one of us makes it again.
             lane.leave(batch)
-            raise
-        return lane.take(batch, key)
 
     def _lead(self, lane: _Lane, batch: _Batch, service: Service, end: float) -> None:
         """Make a batch's call when it is its turn, and let the next go; the error is for all who wait."""
@@ -182,9 +193,7 @@ def _told(error: BaseException | None) -> OpenKCMError:
     """What those are told who waited for another's call."""
     if isinstance(error, OpenKCMError):
         return _copied(error)
-    if isinstance(error, Exception):
-        return InternalError()
-    return CoreUnavailable("the call that this one had joined was interrupted; try again")
+    return InternalError()
 
 
 def _copied(error: OpenKCMError) -> OpenKCMError:

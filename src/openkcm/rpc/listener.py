@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import random
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Final
@@ -19,6 +18,7 @@ from ..clock import awake_clock
 from ..errors import AccessDenied, CoreUnavailable, OpenKCMError
 from ..keys import Change, Event
 from ..limits import KEY_ID_BYTES
+from ..waiting import THREADS, Waiting
 from . import keys_pb2 as pb
 from . import wire
 from .endpoint import Endpoint, Endpoints
@@ -35,17 +35,23 @@ RETURN_SECONDS: Final = 30.0
 
 
 class Watcher:
-    """Keeps a stream open to one of the addresses, in a thread of its own.
+    """Keeps a stream open to one of the addresses, in the background.
 
     Args:
         endpoints: where.
         tell: is called for every change, weakly held; its end ends this.
+        waiting: how it waits.
     """
 
-    def __init__(self, endpoints: Endpoints, tell: weakref.WeakMethod[Callable[[Event], None]]) -> None:
+    def __init__(
+        self,
+        endpoints: Endpoints,
+        tell: weakref.WeakMethod[Callable[[Event], None]],
+        waiting: Waiting = THREADS,
+    ) -> None:
         self._endpoints = endpoints
         self._tell = tell
-        self._stop = threading.Event()
+        self._stop = waiting.event()
         self._stream: Stream | None = None
         self._vault = b""
         self._position = 0
@@ -54,9 +60,9 @@ class Watcher:
         self._opened = 0.0
         self._late = False
         self._returning = False
-        self._spoken = threading.Event()
-        threading.Thread(target=self._run, name="openkcm-watch", daemon=True).start()
-        threading.Thread(target=self._guard, name="openkcm-watch-guard", daemon=True).start()
+        self._spoken = waiting.event()
+        waiting.spawn(self._run, "openkcm-watch")
+        waiting.spawn(self._guard, "openkcm-watch-guard")
 
     def is_heard(self) -> bool:
         """Whether the Core was heard in the last three heartbeats."""
