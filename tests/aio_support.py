@@ -33,6 +33,10 @@ class LoopThread:
         self.loop.close()
         assert not left, "tasks were left behind"
 
+    def is_here(self) -> bool:
+        """Whether this is the loop's thread, where a test that was called back must not wait for it."""
+        return threading.current_thread() is self._thread
+
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """What something that is awaited comes to."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(4 * SECONDS)
@@ -48,7 +52,7 @@ class Called:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._awaited, name, None)
-        if not inspect.iscoroutinefunction(found):
+        if not inspect.iscoroutinefunction(found) or self._thread.is_here():
             return getattr(self._awaited._handle, name)
         return lambda *args, **options: self._thread.call(found(*args, **options))
 
