@@ -66,5 +66,3 @@ class SeenBy(FarCore):
 
     def _telling(self, act: Callable[..., Any]) -> Callable[..., Any]:
         return super()._telling(self._seen_by._telling(act))
-
-
