@@ -75,7 +75,7 @@ CREATE TABLE IF NOT EXISTS openkcm_key_store (
 )""",
 )
 _MADE_MEANWHILE: Final = (errors.UniqueViolation, errors.DuplicateTable, errors.DuplicateObject)
-"""What PostgreSQL says, by how far it got, to the second of two who make a table at once: IF NOT EXISTS does not wait."""
+"""What PostgreSQL tells the second of two who make a table at once, by how far it got: IF NOT EXISTS waits for none."""
 
 # A salt is made for an empty store only: under a new one, nobody would find the subjects that are there.
 _MAKE_SALT: Final = """
