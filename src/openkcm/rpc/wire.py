@@ -32,9 +32,6 @@ T = TypeVar("T")
 
 SERVICE_NAME: Final = "openkcm.v1.Keys"
 
-PROTOCOL_VERSIONS: Final = (1, 1)
-"""The lowest and the highest protocol version that this build speaks."""
-
 NONCE_BYTES: Final = 16
 """What makes each unwrap's answer its own."""
 
