@@ -282,7 +282,7 @@ def test_the_highest_common_version_is_chosen(monkeypatch: pytest.MonkeyPatch) -
     _, hello = begin(ONE)
     monkeypatch.setattr(sessions, "LOWEST_VERSION", 1)
     monkeypatch.setattr(sessions, "HIGHEST_VERSION", 1)
-    assert "no version" in str(refused(lambda: answer(CORE, hello, ONE.leaf), AccessDenied))
+    assert "upgrade" in str(refused(lambda: answer(CORE, hello, ONE.leaf), InvalidInput))
 
 
 def test_a_lifetime_is_bounded() -> None:

@@ -141,8 +141,8 @@ def answer(
         lifetime: of the session, in seconds.
 
     Raises:
-        AccessDenied: the client is not who it should be, or speaks no version of ours.
-        InvalidInput: the lifetime is not 1 to 3600.
+        AccessDenied: the client is not who it should be.
+        InvalidInput: it speaks no version of ours; or the lifetime is not 1 to 3600.
         SecretMemoryError: no memory could be locked for the session.
     """
     if not 1 <= lifetime <= MAX_SESSION_SECONDS:
@@ -157,7 +157,10 @@ def answer(
     )
     version = min(hello.highest_version, HIGHEST_VERSION)
     if version < max(hello.lowest_version, LOWEST_VERSION):
-        raise AccessDenied("the two ends speak no version of the protocol in common; upgrade the older one")
+        raise InvalidInput(
+            f"the caller speaks versions {hello.lowest_version} to {hello.highest_version} of the protocol, this Core "
+            f"{LOWEST_VERSION} to {HIGHEST_VERSION}; upgrade the older one"
+        )
     key, session = offer_channel(), random_bytes(SESSION_ID_BYTES)
     try:
         transcript = _transcript(hello, version, key.public, session, lifetime, credentials.leaf)
