@@ -24,7 +24,7 @@ FOLDER = Path(__file__).resolve().parent
 TARGETS = sorted(path.stem.removeprefix("fuzz_") for path in FOLDER.glob("fuzz_*.py"))
 EXPECTED = [
     *("context", "core_keys", "csv", "decrypt", "envelope"),
-    *("inspect", "ndjson", "pkcs11_uri", "stream", "wrapped_keys"),
+    *("inspect", "ndjson", "pkcs11_uri", "rpc", "stream", "wrapped_keys"),
 ]
 RUNS = 3000
 
