@@ -19,10 +19,10 @@ from typing import Any, Final
 
 from environment import processor
 from openkcm.pki import DevelopmentCA, Issued
-from openkcm.rpc import frames
-from openkcm.rpc.denials import Denials
-from openkcm.rpc.frame_client import FrameTransport
-from openkcm.rpc.frame_server import FrameServer
+from openkcm.rpc.frames import format as frames
+from openkcm.rpc.frames.client import FrameTransport
+from openkcm.rpc.frames.server import FrameServer
+from openkcm.rpc.server.denials import Denials
 
 HERE: Final = Path(__file__).resolve()
 CALLS: Final = 4000
@@ -74,7 +74,8 @@ def serve(transport: str, folder: Path) -> None:
         framed.start()
         port = framed.port
     else:
-        from openkcm.rpc import grpc_server, wire
+        from openkcm.rpc import wire
+        from openkcm.rpc.server import grpc_server
 
         who = grpc_server.Identifier()
         remote = grpc_server.make_server([grpc_server.unary_handlers(wire.SERVICE_NAME, idle, who)])
@@ -90,7 +91,7 @@ def connect(transport: str, port: int, credentials: frames.Fetch) -> Any:
     """A client."""
     if transport == "frames":
         return FrameTransport(f"127.0.0.1:{port}", credentials)
-    from openkcm.rpc.grpc_client import GrpcTransport
+    from openkcm.rpc.client.grpc_client import GrpcTransport
 
     return GrpcTransport(f"127.0.0.1:{port}", credentials)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from openkcm import aio
-from openkcm.rpc.client import RemoteCore
+from openkcm.rpc.client.remote import RemoteCore
 from remote_support import SECONDS, FarCore
 
 T = TypeVar("T")

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from openkcm.pki import DevelopmentCA, Issued
-from openkcm.rpc import frames
 from openkcm.rpc import keys_pb2 as pb
-from openkcm.rpc.denials import Denials
-from openkcm.rpc.frame_client import FrameTransport
-from openkcm.rpc.frame_server import Bounds, FrameServer
+from openkcm.rpc.frames import format as frames
+from openkcm.rpc.frames.client import FrameTransport
+from openkcm.rpc.frames.server import Bounds, FrameServer
+from openkcm.rpc.server.denials import Denials
 
 SECONDS = 10.0
 """How long a test waits for what must come."""

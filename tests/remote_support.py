@@ -10,7 +10,7 @@ from typing import Any
 
 import openkcm
 from openkcm.keys import Event
-from openkcm.rpc.client import RemoteCore
+from openkcm.rpc.client.remote import RemoteCore
 
 ACROSS = frozenset(
     {"find_service", "wrap_keys", "unwrap_keys", "lease", "rewrap_keys", "shred_keys", "shredded", "watch"}

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import openkcm
 from openkcm.pki import DevelopmentCA
-from openkcm.rpc.config import read_config
-from openkcm.rpc.serving import CoreServer
+from openkcm.rpc.server.config import read_config
+from openkcm.rpc.server.serving import CoreServer
 from support import environment, make_vault
 
 REGION = "local"

@@ -106,9 +106,9 @@ if TYPE_CHECKING:
     from .crypto import backend_info
     from .gateway import Column, DataKeyPolicy, Gateway, KeyStore, PoolPolicy, ServiceHandle
     from .roots import Root, open_root
-    from .rpc.admin_client import RemoteAdmin, connect_admin
-    from .rpc.client import RemoteCore
-    from .rpc.connect import TLS, connect
+    from .rpc.client.admin_client import RemoteAdmin, connect_admin
+    from .rpc.client.connect import TLS, connect
+    from .rpc.client.remote import RemoteCore
 
 __version__ = "0.1.0"
 
@@ -187,9 +187,9 @@ _HOMES: Final = {
         ("Column", "DataKeyPolicy", "Gateway", "KeyStore", "PoolPolicy", "ServiceHandle"), ".gateway"
     ),
     **dict.fromkeys(("Root", "open_root"), ".roots"),
-    **dict.fromkeys(("TLS", "connect"), ".rpc.connect"),
-    **dict.fromkeys(("RemoteAdmin", "connect_admin"), ".rpc.admin_client"),
-    "RemoteCore": ".rpc.client",
+    **dict.fromkeys(("TLS", "connect"), ".rpc.client.connect"),
+    **dict.fromkeys(("RemoteAdmin", "connect_admin"), ".rpc.client.admin_client"),
+    "RemoteCore": ".rpc.client.remote",
     "backend_info": ".crypto",
 }
 """Where the names live that are imported on first use (PEP 562)."""

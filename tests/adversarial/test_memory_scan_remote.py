@@ -23,7 +23,7 @@ from scan import Patterns, scan_process
 from test_memory_scan import PLANTED, cpu_seconds
 
 import openkcm
-from openkcm.rpc import frames
+from openkcm.rpc.frames import format as frames
 from rpc_support import GATEWAY, VERBS, Site
 from support import ON_FAST, environment
 

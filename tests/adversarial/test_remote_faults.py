@@ -16,7 +16,7 @@ import pytest
 import openkcm
 from openkcm.errors import CoreUnavailable
 from openkcm.gateway import PoolPolicy, ServiceHandle
-from openkcm.rpc.client import RemoteCore
+from openkcm.rpc.client.remote import RemoteCore
 from openkcm.testing.tcp_proxy import TcpProxy
 from remote_support import until
 from rpc_support import Site

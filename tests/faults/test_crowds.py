@@ -25,8 +25,9 @@ import pytest
 
 import openkcm
 from fault_support import SOAK, until
-from openkcm.rpc import frames, wire
-from openkcm.rpc.grpc_client import OPTIONS
+from openkcm.rpc import wire
+from openkcm.rpc.client.grpc_client import OPTIONS
+from openkcm.rpc.frames import format as frames
 from rpc_support import Replica, Site
 
 WAYS: Final = {"data": ("", frames.ALPN), "grpc": ("grpc://", "h2")}

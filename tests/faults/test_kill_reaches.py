@@ -21,8 +21,8 @@ import pytest
 import openkcm
 from fault_support import SOAK, PostgresSite, until
 from openkcm.errors import CoreUnavailable, TenantDark
-from openkcm.rpc.client import RemoteCore
-from openkcm.rpc.frame_client import FrameTransport
+from openkcm.rpc.client.remote import RemoteCore
+from openkcm.rpc.frames.client import FrameTransport
 from openkcm.rpc.transport import Stream
 from openkcm.testing.postgres import PostgresServer
 from openkcm.testing.tcp_proxy import TcpProxy

@@ -21,8 +21,8 @@ UNKNOWN_FIELD = bytes((0xC0, 0x3E, 0x01))
 
 NEWER = f"""
 import openkcm.rpc.session as session
-from openkcm.rpc.endpoint import Endpoint
-from openkcm.rpc.handlers import KeyHandlers
+from openkcm.rpc.client.endpoint import Endpoint
+from openkcm.rpc.server.handlers import KeyHandlers
 
 session.HIGHEST_VERSION = 2
 call, handle = Endpoint.call, KeyHandlers.call

@@ -25,7 +25,7 @@ import openkcm
 from openkcm import AccessDenied, Core
 from openkcm.pki import DevelopmentCA
 from openkcm.rpc import admin_pb2, keys_pb2, wire
-from openkcm.rpc.frame_client import FrameTransport
+from openkcm.rpc.frames.client import FrameTransport
 from openkcm.rpc.session import Credentials, begin
 from rpc_support import VERBS, Replica, Site
 

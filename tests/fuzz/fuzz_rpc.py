@@ -18,10 +18,10 @@ from openkcm.errors import AccessDenied, FormatError, InvalidInput, LimitExceede
 from openkcm.pki import DevelopmentCA
 from openkcm.rpc import keys_pb2 as pb
 from openkcm.rpc import wire
-from openkcm.rpc.admin_handlers import AdminHandlers
-from openkcm.rpc.denials import Denials
-from openkcm.rpc.handlers import KeyHandlers
 from openkcm.rpc.peer import Peer, Peers
+from openkcm.rpc.server.admin_handlers import AdminHandlers
+from openkcm.rpc.server.denials import Denials
+from openkcm.rpc.server.handlers import KeyHandlers
 from openkcm.rpc.session import Credentials, SessionTable
 from support import make_vault
 

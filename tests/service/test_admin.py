@@ -19,10 +19,10 @@ from openkcm.core import Core as CoreType
 from openkcm.crypto import generate_keys
 from openkcm.keys import Kind
 from openkcm.rpc import admin_pb2 as pb
-from openkcm.rpc.admin_handlers import CLOUD_ROOTS, AdminHandlers, _begins
-from openkcm.rpc.denials import Denials
 from openkcm.rpc.peer import Peer
-from openkcm.rpc.serving import CoreServer
+from openkcm.rpc.server.admin_handlers import CLOUD_ROOTS, AdminHandlers, _begins
+from openkcm.rpc.server.denials import Denials
+from openkcm.rpc.server.serving import CoreServer
 from rpc_support import GATEWAY, Site
 from support import refused
 
@@ -120,7 +120,7 @@ def test_grants_and_revocations_are_the_cores(served: Served) -> None:
 
 
 def test_records_come_in_parts(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("openkcm.rpc.admin_handlers.MOST_RECORDS", 3)
+    monkeypatch.setattr("openkcm.rpc.server.admin_handlers.MOST_RECORDS", 3)
     assert len(served.core.audit_records()) > 6
     assert served.chief.audit_records() == served.core.audit_records()
 

@@ -12,7 +12,7 @@ import pytest
 
 from openkcm import ConfigurationError, Core, SealError
 from openkcm.core.seal import open_seal
-from openkcm.rpc.config import ServeConfig, read_config
+from openkcm.rpc.server.config import ServeConfig, read_config
 from rpc_support import Site
 
 PACKAGING = Path(__file__).resolve().parents[2] / "packaging"

@@ -17,8 +17,8 @@ import pytest
 
 from frame_support import SECONDS, Place, eventually, frame, read_frame
 from openkcm.errors import ConfigurationError, CoreUnavailable, FormatError, InvalidInput
-from openkcm.rpc import frames
-from openkcm.rpc.frame_client import FrameTransport
+from openkcm.rpc.frames import format as frames
+from openkcm.rpc.frames.client import FrameTransport
 from openkcm.testing.tcp_proxy import TcpProxy
 from support import refused
 

@@ -23,10 +23,11 @@ import pytest
 from frame_support import SECONDS, Place, eventually, frame, is_ended, read_frame
 from openkcm.errors import AccessDenied, CoreUnavailable, DecryptError, InternalError
 from openkcm.pki import DevelopmentCA
-from openkcm.rpc import frames, wire
 from openkcm.rpc import keys_pb2 as pb
-from openkcm.rpc.frame_client import FrameTransport
-from openkcm.rpc.streams import HEARTBEAT_SECONDS
+from openkcm.rpc import wire
+from openkcm.rpc.frames import format as frames
+from openkcm.rpc.frames.client import FrameTransport
+from openkcm.rpc.server.streams import HEARTBEAT_SECONDS
 from support import refused
 
 
@@ -483,7 +484,7 @@ def test_the_end_does_not_wait_longer_than_it_was_told(place: Place) -> None:
 
 def test_an_address_in_use_is_told(place: Place) -> None:
     with place.serve() as server:
-        from openkcm.rpc.frame_server import FrameServer
+        from openkcm.rpc.frames.server import FrameServer
 
         error = refused(
             lambda: FrameServer(
@@ -603,7 +604,7 @@ def test_a_stream_that_is_refused_is_told_why(place: Place) -> None:
 def test_a_reader_of_a_stream_that_reads_nothing_is_dropped_and_others_are_told(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("openkcm.rpc.frame_streams.STALL_SECONDS", 0.3)
+    monkeypatch.setattr("openkcm.rpc.frames.streams.STALL_SECONDS", 0.3)
     with (
         place.serve() as server,
         place.raw(server.port) as stuck,

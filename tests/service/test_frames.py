@@ -14,8 +14,9 @@ import pytest
 
 from frame_support import Place, frame
 from openkcm.errors import ConfigurationError, FormatError
-from openkcm.rpc import frames, wire
 from openkcm.rpc import keys_pb2 as pb
+from openkcm.rpc import wire
+from openkcm.rpc.frames import format as frames
 
 VALID = [
     frame(frames.HELLO),

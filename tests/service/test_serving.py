@@ -20,10 +20,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import openkcm
 from openkcm import Core, CoreUnavailable
-from openkcm.rpc.admin_handlers import SERVICE_NAME as ADMINISTRATION
-from openkcm.rpc.certificates import Certificates
-from openkcm.rpc.config import read_config
-from openkcm.rpc.standard_error import reason_of
+from openkcm.rpc.server.admin_handlers import SERVICE_NAME as ADMINISTRATION
+from openkcm.rpc.server.certificates import Certificates
+from openkcm.rpc.server.config import read_config
+from openkcm.rpc.server.standard_error import reason_of
 from openkcm.systemd import notify
 from rpc_support import GATEWAY, Replica, Site
 from support import refused
@@ -194,7 +194,7 @@ def test_systemd_hears_of_it(site: Site, tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_start_that_fails_says_why_and_leaves_nothing_open(site: Site) -> None:
     from openkcm.cli.app import run
-    from openkcm.rpc.serving import CoreServer
+    from openkcm.rpc.server.serving import CoreServer
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         config = site.config(**{"listen.admin": f"127.0.0.1:{taken.getsockname()[1]}"})
@@ -372,8 +372,8 @@ def test_the_log_is_one_object_a_line(site: Site) -> None:
 def test_failures_are_logged_within_bounds(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from openkcm.rpc.failures import LINES_A_SECOND, Logged
     from openkcm.rpc.peer import Peer
+    from openkcm.rpc.server.failures import LINES_A_SECOND, Logged
 
     class Failing:
         def __init__(self) -> None:
@@ -389,7 +389,7 @@ def test_failures_are_logged_within_bounds(
             pass
 
     now = [100.0]
-    monkeypatch.setattr("openkcm.rpc.failures.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("openkcm.rpc.server.failures.time.monotonic", lambda: now[0])
     caplog.set_level("INFO", logger="openkcm.rpc.calls")
     logged = Logged(Failing())
     peer = Peer(GATEWAY, b"", (b"", b""), 0.0)

@@ -13,10 +13,10 @@ import pytest
 
 from openkcm.errors import AccessDenied, CoreUnavailable, InvalidInput, OpenKCMError
 from openkcm.pki import DevelopmentCA
-from openkcm.rpc import client as client_module
-from openkcm.rpc import endpoint as endpoint_module
 from openkcm.rpc import keys_pb2 as pb
-from openkcm.rpc.client import RemoteCore
+from openkcm.rpc.client import endpoint as endpoint_module
+from openkcm.rpc.client import remote as client_module
+from openkcm.rpc.client.remote import RemoteCore
 from openkcm.rpc.credentials import Credentials
 from openkcm.rpc.transport import Stream
 from remote_support import until

@@ -152,7 +152,7 @@ def test_bytes_are_laid_out_in_one_place() -> None:
         "context.py",
         "rpc/wire.py",
         "rpc/session.py",
-        "rpc/frames.py",
+        "rpc/frames/format.py",
         "core/rooted_seal.py",
     }
     cuts = {*packs, "crypto/pure.py"}  # a run of keys or nonces into equal pieces, which is no layout

@@ -13,7 +13,7 @@ from openkcm.crypto import SecretKeys, generate_keys, random_bytes
 from openkcm.errors import CoreUnavailable, DecryptError, InternalError, KeyDestroyed, TenantDark
 from openkcm.keys import Kind, OpenedKeys, Service, WrappedKeys
 from openkcm.limits import KEY_ID_BYTES, WRAPPED_KEY_BYTES
-from openkcm.rpc.joining import Joined
+from openkcm.rpc.client.joining import Joined
 from remote_support import SECONDS, until
 from support import refused
 

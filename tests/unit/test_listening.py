@@ -10,9 +10,9 @@ import pytest
 
 import openkcm
 from openkcm.errors import CoreUnavailable
-from openkcm.rpc import listener as listener_module
-from openkcm.rpc.client import RemoteCore
-from openkcm.rpc.frame_client import FrameTransport
+from openkcm.rpc.client import listener as listener_module
+from openkcm.rpc.client.remote import RemoteCore
+from openkcm.rpc.frames.client import FrameTransport
 from openkcm.rpc.transport import Stream
 from remote_support import until
 from rpc_support import Site

@@ -17,8 +17,8 @@ from openkcm.errors import CoreUnavailable, InvalidInput, KeyDestroyed, OpenKCME
 from openkcm.gateway import PoolPolicy, ServiceHandle
 from openkcm.gateway import background as background_module
 from openkcm.gateway.keystore import KeyStore
-from openkcm.rpc.client import RemoteCore
-from openkcm.rpc.serving import CoreServer
+from openkcm.rpc.client.remote import RemoteCore
+from openkcm.rpc.server.serving import CoreServer
 from openkcm.testing.tcp_proxy import TcpProxy
 from remote_support import until
 from rpc_support import GATEWAY, Site

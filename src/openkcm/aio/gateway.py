@@ -17,7 +17,7 @@ from ..gateway import gateway as threaded
 from ..gateway.keystore import KeyStore
 from ..gateway.policy import DataKeyPolicy, PoolPolicy
 from ..keys import KeyService
-from ..rpc.connect import GRPC, TLS, make_core
+from ..rpc.client.connect import GRPC, TLS, make_core
 from .green import Loop
 from .service import ServiceHandle
 from .waiting import Green

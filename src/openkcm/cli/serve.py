@@ -23,8 +23,8 @@ from .commands import KEYS, command
 from .output import settings
 
 if TYPE_CHECKING:
-    from ..rpc.config import ServeConfig
-    from ..rpc.standard_error import StandardError
+    from ..rpc.server.config import ServeConfig
+    from ..rpc.server.standard_error import StandardError
 
 
 OWN_DESCRIPTORS: Final = 512
@@ -80,7 +80,7 @@ def serve_core(
 
     Prints a line with its addresses when it is ready, and ends in order on SIGTERM.
     """
-    from ..rpc.config import read_config
+    from ..rpc.server.config import read_config
 
     read = read_config(config)
     if check:
@@ -89,7 +89,7 @@ def serve_core(
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: _told_to_end(number, stop))
-    from ..rpc.standard_error import StandardError
+    from ..rpc.server.standard_error import StandardError
 
     said = StandardError()
     configure_log(read.log, read.level, said.stream)
@@ -127,7 +127,7 @@ def _take_descriptors(connections: int) -> None:
 
 
 def _serve(config: ServeConfig, said: StandardError, stop: threading.Event) -> None:
-    from ..rpc.serving import CoreServer
+    from ..rpc.server.serving import CoreServer
 
     _take_descriptors(config.limits.connections)
     server = CoreServer(config)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..core import Core
     from ..gateway import Gateway
     from ..gateway.gateway import ServiceHandle
-    from ..rpc.admin_client import RemoteAdmin
+    from ..rpc.client.admin_client import RemoteAdmin
 
 
 class NoVault(ConfigurationError):
@@ -94,8 +94,8 @@ def open_administration() -> Iterator[Core | RemoteAdmin]:
     missing = [f"--{name}" for name, value in files.items() if not value]
     if missing:
         raise NoCertificate(f"a Core elsewhere is reached with a certificate; missing: {', '.join(missing)}")
-    from ..rpc.admin_client import connect_admin
-    from ..rpc.connect import TLS
+    from ..rpc.client.admin_client import connect_admin
+    from ..rpc.client.connect import TLS
 
     with connect_admin(settings.core.split(","), tls=TLS(**files)) as remote:
         yield remote

@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from ..errors import ConfigurationError, FormatError
-from .wire import MAX_MESSAGE_BYTES
+from ...errors import ConfigurationError, FormatError
+from ..wire import MAX_MESSAGE_BYTES
 
 ALPN: Final = "openkcm/1"
 

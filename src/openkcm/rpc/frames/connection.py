@@ -11,12 +11,12 @@ import socket
 import ssl
 from typing import Final
 
-from ..errors import CoreUnavailable
-from . import frames
-from .endpoint import host_of
-from .frame_streams import Stream
-from .frames import Frame
-from .peer import Peer
+from ...errors import CoreUnavailable
+from ..client.endpoint import host_of
+from ..peer import Peer
+from . import format as frames
+from .format import Frame
+from .streams import Stream
 
 BACKLOG: Final = 1024
 

@@ -15,11 +15,11 @@ import time
 import weakref
 from typing import Final
 
-from ..errors import ConfigurationError, CoreUnavailable, OpenKCMError
-from ..waiting import THREADS, Waiting
-from . import frames
-from .endpoint import host_of
-from .frame_link import CLOSED, SILENT, Link, Stale, failure
+from ...errors import ConfigurationError, CoreUnavailable, OpenKCMError
+from ...waiting import THREADS, Waiting
+from ..client.endpoint import host_of
+from . import format as frames
+from .link import CLOSED, SILENT, Link, Stale, failure
 
 MOST_CONNECTIONS: Final = 16
 """To one address; further calls wait for one of them. A watch stream has one of its own beside them."""

@@ -13,9 +13,9 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 
-from ..core import Core
-from ..crypto import Channel, open_keys, seal_keys
-from ..errors import (
+from ...core import Core
+from ...crypto import Channel, open_keys, seal_keys
+from ...errors import (
     AccessDenied,
     ChannelExpired,
     InvalidInput,
@@ -23,12 +23,12 @@ from ..errors import (
     SecretMemoryError,
     ServiceNotFound,
 )
-from ..keys import EVERY, Change, Event, Service, Verb, check_name
-from . import keys_pb2 as pb
-from . import wire
+from ...keys import EVERY, Change, Event, Service, Verb, check_name
+from .. import keys_pb2 as pb
+from .. import wire
+from ..peer import Peer
+from ..session import ChannelHello, Credentials, SessionTable, answer
 from .denials import Denials
-from .peer import Peer
-from .session import ChannelHello, Credentials, SessionTable, answer
 
 logger = logging.getLogger("openkcm.rpc")
 

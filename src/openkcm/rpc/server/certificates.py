@@ -12,8 +12,8 @@ import threading
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from ..errors import ConfigurationError
-from .session import Credentials
+from ...errors import ConfigurationError
+from ..session import Credentials
 
 logger = logging.getLogger("openkcm.rpc")
 

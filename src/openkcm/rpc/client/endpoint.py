@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
-from ..errors import CoreUnavailable, InvalidInput, OpenKCMError
-from ..waiting import THREADS, Event, Waiting
-from . import keys_pb2 as pb
-from . import wire
-from .session import ChannelReply, Credentials, Session, begin, finish
-from .transport import Connector, Stream, Transport
+from ...errors import CoreUnavailable, InvalidInput, OpenKCMError
+from ...waiting import THREADS, Event, Waiting
+from .. import keys_pb2 as pb
+from .. import wire
+from ..session import ChannelReply, Credentials, Session, begin, finish
+from ..transport import Connector, Stream, Transport
 
 FIRST_PAUSE_SECONDS: Final = 0.25
 LONGEST_PAUSE_SECONDS: Final = 5.0

@@ -35,15 +35,15 @@ from typing import Any, Final
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from ..core.core import MAX_PROBE, MIN_PROBE, POLL_SECONDS
-from ..core.liveness import MAX_GRACE
-from ..core.vault import GRACE_SECONDS, PROBE_SECONDS
-from ..errors import ConfigurationError, OpenKCMError
-from ..keys import check_name
-from ..systemd import is_credential
+from ...core.core import MAX_PROBE, MIN_PROBE, POLL_SECONDS
+from ...core.liveness import MAX_GRACE
+from ...core.vault import GRACE_SECONDS, PROBE_SECONDS
+from ...errors import ConfigurationError, OpenKCMError
+from ...keys import check_name
+from ...systemd import is_credential
+from ..client.endpoint import host_of
+from ..session import Credentials
 from .admin_handlers import CLOUD_ROOTS
-from .endpoint import host_of
-from .session import Credentials
 
 
 @dataclass(frozen=True, slots=True)

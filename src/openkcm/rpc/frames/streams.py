@@ -17,12 +17,13 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from ..errors import AccessDenied
-from . import frames, wire
-from . import keys_pb2 as pb
-from .frames import Frame
-from .peer import Peer
-from .streams import HEARTBEAT_SECONDS, Subscriber
+from ...errors import AccessDenied
+from .. import keys_pb2 as pb
+from .. import wire
+from ..peer import Peer
+from ..server.streams import HEARTBEAT_SECONDS, Subscriber
+from . import format as frames
+from .format import Frame
 
 logger = logging.getLogger("openkcm.rpc")
 

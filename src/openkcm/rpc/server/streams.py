@@ -15,12 +15,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from ..core import Core
-from ..errors import AccessDenied, LimitExceeded, StoreUnavailable
-from ..keys import EVERY, Change, Event
-from . import keys_pb2 as pb
-from . import wire
-from .peer import Peer
+from ...core import Core
+from ...errors import AccessDenied, LimitExceeded, StoreUnavailable
+from ...keys import EVERY, Change, Event
+from .. import keys_pb2 as pb
+from .. import wire
+from ..peer import Peer
 
 logger = logging.getLogger("openkcm.rpc")
 

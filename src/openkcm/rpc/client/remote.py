@@ -21,9 +21,9 @@ from typing import Any, Final, TypeVar
 
 from google.protobuf.message import Message
 
-from ..clock import awake_clock
-from ..crypto import SecretKeys, open_keys, random_bytes, seal_keys
-from ..errors import (
+from ...clock import awake_clock
+from ...crypto import SecretKeys, open_keys, random_bytes, seal_keys
+from ...errors import (
     ChannelExpired,
     CoreUnavailable,
     DecryptError,
@@ -34,16 +34,16 @@ from ..errors import (
     SecretMemoryError,
     StoreUnavailable,
 )
-from ..keys import Change, Event, Kind, OpenedKeys, Service, WrappedKeys, check_name
-from ..limits import KEY_ID_BYTES, MAX_KEYS_PER_CALL, SERVICE_ID_BYTES
-from ..waiting import THREADS, Waiting
-from . import keys_pb2 as pb
-from . import wire
+from ...keys import Change, Event, Kind, OpenedKeys, Service, WrappedKeys, check_name
+from ...limits import KEY_ID_BYTES, MAX_KEYS_PER_CALL, SERVICE_ID_BYTES
+from ...waiting import THREADS, Waiting
+from .. import keys_pb2 as pb
+from .. import wire
+from ..session import Credentials, Session
+from ..transport import Connector
 from .endpoint import Endpoint, Endpoints
 from .joining import Joined
 from .listener import Watcher
-from .session import Credentials, Session
-from .transport import Connector
 
 M = TypeVar("M", bound=Message)
 

@@ -13,15 +13,15 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from ..core import Core, Probe
-from ..core.audit import acting
-from ..errors import AccessDenied, InvalidInput, LimitExceeded, OpenKCMError
-from ..keys import EVERY, Verb
-from . import admin_messages as messages
-from . import admin_pb2 as pb
-from . import wire
+from ...core import Core, Probe
+from ...core.audit import acting
+from ...errors import AccessDenied, InvalidInput, LimitExceeded, OpenKCMError
+from ...keys import EVERY, Verb
+from .. import admin_messages as messages
+from .. import admin_pb2 as pb
+from .. import wire
+from ..peer import Peer
 from .denials import Denials
-from .peer import Peer
 
 logger = logging.getLogger("openkcm.rpc")
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from ..errors import InvalidInput
-from ..waiting import THREADS, Waiting
-from .client import RemoteCore
-from .frame_client import FrameTransport
-from .session import Credentials
-from .transport import Transport
+from ...errors import InvalidInput
+from ...waiting import THREADS, Waiting
+from ..frames.client import FrameTransport
+from ..session import Credentials
+from ..transport import Transport
+from .remote import RemoteCore
 
 GRPC: Final = "grpc://"
 """What stands before an address that is to be reached over gRPC."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from ..errors import CoreUnavailable, InternalError, OpenKCMError
-from . import keys_pb2 as pb
-from . import wire
-from .tls13 import grpc
-from .transport import Stream
+from ...errors import CoreUnavailable, InternalError, OpenKCMError
+from .. import keys_pb2 as pb
+from .. import wire
+from ..tls13 import grpc
+from ..transport import Stream
 
 OPTIONS: Final = (
     ("grpc.max_send_message_length", wire.MAX_MESSAGE_BYTES),

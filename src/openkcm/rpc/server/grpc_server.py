@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, Protocol
 
-from ..errors import AccessDenied, CoreUnavailable, OpenKCMError
-from . import keys_pb2 as pb
-from . import wire
+from ...errors import AccessDenied, CoreUnavailable, OpenKCMError
+from .. import keys_pb2 as pb
+from .. import wire
+from ..peer import Peer, Peers
+from ..tls13 import grpc
 from .certificates import Pem
 from .handlers import KeyHandlers
-from .peer import Peer, Peers
 from .streams import Streams, Subscriber
-from .tls13 import grpc
 
 logger = logging.getLogger("openkcm.rpc")
 

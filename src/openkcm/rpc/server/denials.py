@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
-from ..errors import OpenKCMError
+from ...errors import OpenKCMError
 
 logger = logging.getLogger("openkcm.rpc")
 

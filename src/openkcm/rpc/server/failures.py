@@ -13,8 +13,8 @@ import time
 from collections.abc import Mapping
 from typing import Any, Final, Protocol
 
-from ..errors import OpenKCMError
-from .peer import Peer
+from ...errors import OpenKCMError
+from ..peer import Peer
 
 logger = logging.getLogger("openkcm.rpc.calls")
 

@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from typing import Generic, TypeVar
 
-from .frames import Frame
+from .format import Frame
 
 C = TypeVar("C")
 

@@ -14,15 +14,15 @@ import weakref
 from collections.abc import Callable
 from typing import Final
 
-from ..clock import awake_clock
-from ..errors import AccessDenied, CoreUnavailable, OpenKCMError
-from ..keys import Change, Event
-from ..limits import KEY_ID_BYTES
-from ..waiting import THREADS, Waiting
-from . import keys_pb2 as pb
-from . import wire
+from ...clock import awake_clock
+from ...errors import AccessDenied, CoreUnavailable, OpenKCMError
+from ...keys import Change, Event
+from ...limits import KEY_ID_BYTES
+from ...waiting import THREADS, Waiting
+from .. import keys_pb2 as pb
+from .. import wire
+from ..transport import Stream
 from .endpoint import Endpoint, Endpoints
-from .transport import Stream
 
 logger = logging.getLogger("openkcm.rpc")
 

@@ -28,14 +28,15 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from ..errors import AccessDenied, CoreUnavailable, FormatError
-from . import frames, wire
-from .denials import Denials
-from .frame_connection import Connection, Refused, listen
-from .frame_gate import Gate
-from .frame_streams import Pump, StreamSource
-from .frames import Frame
-from .peer import Peer, Peers
+from ...errors import AccessDenied, CoreUnavailable, FormatError
+from .. import wire
+from ..peer import Peer, Peers
+from ..server.denials import Denials
+from . import format as frames
+from .connection import Connection, Refused, listen
+from .format import Frame
+from .gate import Gate
+from .streams import Pump, StreamSource
 
 logger = logging.getLogger("openkcm.rpc")
 

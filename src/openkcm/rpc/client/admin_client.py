@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from google.protobuf.message import Message
 
-from ..core import AuditRecord, Grant, Probe, RevokedCertificate, ServiceStatus, TenantStatus
-from ..core.grants import check_verbs
-from ..errors import CoreUnavailable, FormatError, InvalidInput
-from ..identity import check_identity
-from ..keys import EVERY, Service, Verb, check_name
-from ..limits import SERVICE_ID_BYTES
-from . import admin_messages as messages
-from . import admin_pb2 as pb
-from . import wire
+from ...core import AuditRecord, Grant, Probe, RevokedCertificate, ServiceStatus, TenantStatus
+from ...core.grants import check_verbs
+from ...errors import CoreUnavailable, FormatError, InvalidInput
+from ...identity import check_identity
+from ...keys import EVERY, Service, Verb, check_name
+from ...limits import SERVICE_ID_BYTES
+from .. import admin_messages as messages
+from .. import admin_pb2 as pb
+from .. import wire
 from .endpoint import host_of
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ class RemoteAdmin:
 
 
 def _transport(address: str, tls: TLS) -> GrpcTransport:
-    from .admin_handlers import MAX_REPLY_BYTES, SERVICE_NAME
+    from ..server.admin_handlers import MAX_REPLY_BYTES, SERVICE_NAME
     from .grpc_client import GrpcTransport
 
     return GrpcTransport(address, tls.pem, tls.server_name, service=SERVICE_NAME, most=MAX_REPLY_BYTES + 1024)

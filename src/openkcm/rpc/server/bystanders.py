@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
-from .tls13 import grpc
+from ..tls13 import grpc
 
 MOST_STREAMS: Final = 16
 THREADS: Final = 2

@@ -15,12 +15,13 @@ import ssl
 import time
 from typing import Final
 
-from ..errors import CoreUnavailable, FormatError, OpenKCMError
-from ..waiting import Waiting
-from . import frames, wire
-from . import keys_pb2 as pb
-from .endpoint import host_of
-from .frames import Frame
+from ...errors import CoreUnavailable, FormatError, OpenKCMError
+from ...waiting import Waiting
+from .. import keys_pb2 as pb
+from .. import wire
+from ..client.endpoint import host_of
+from . import format as frames
+from .format import Frame
 
 SILENT: Final = "the Core at {} did not answer in time"
 CLOSED: Final = "the connection to the Core at {} was closed"

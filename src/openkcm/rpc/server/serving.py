@@ -14,17 +14,18 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
-from ..core import Core
-from ..systemd import notify
-from . import admin_handlers, admin_messages, grpc_server, wire
+from ...core import Core
+from ...systemd import notify
+from .. import admin_messages, wire
+from ..frames.server import Bounds, FrameServer
+from ..session import SessionTable
+from . import admin_handlers, grpc_server
 from .bystanders import MOST_STREAMS, Bystanders
 from .certificates import Certificates
 from .config import ServeConfig
 from .denials import Denials
 from .failures import Answers, Logged
-from .frame_server import Bounds, FrameServer
 from .handlers import KeyHandlers
-from .session import SessionTable
 from .streams import Streams
 
 logger = logging.getLogger("openkcm.rpc")

@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable
 from typing import Final, NamedTuple, TypeAlias
 
-from ..errors import CoreUnavailable, InternalError, OpenKCMError
-from ..keys import Kind, OpenedKeys, Service, WrappedKeys
-from ..limits import MAX_KEYS_PER_CALL, WRAPPED_KEY_BYTES
-from ..waiting import THREADS, Waiting
+from ...errors import CoreUnavailable, InternalError, OpenKCMError
+from ...keys import Kind, OpenedKeys, Service, WrappedKeys
+from ...limits import MAX_KEYS_PER_CALL, WRAPPED_KEY_BYTES
+from ...waiting import THREADS, Waiting
 
 UNDERWAY: Final = 2
 """Calls of one service, kind and version at a time."""
