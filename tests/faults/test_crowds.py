@@ -25,6 +25,7 @@ import pytest
 
 import openkcm
 from fault_support import SOAK, until
+from openkcm.cli import serve
 from openkcm.rpc import wire
 from openkcm.rpc.client.grpc_client import OPTIONS
 from openkcm.rpc.frames import format as frames
@@ -230,9 +231,8 @@ def test_without_descriptors_those_connected_go_on_and_others_come_later(way: st
         one.ask()
 
 
-@pytest.mark.parametrize("connections", [600, 10**6])
-def test_the_service_takes_the_descriptors_that_it_needs(connections: int, tmp_path: Path) -> None:
-    site = Site(tmp_path)
+def test_the_service_takes_the_descriptors_that_it_needs(tmp_path: Path) -> None:
+    site, connections = Site(tmp_path), 600
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert soft != resource.RLIM_INFINITY
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 300), hard))
@@ -242,11 +242,18 @@ def test_the_service_takes_the_descriptors_that_it_needs(connections: int, tmp_p
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     with replica:
         allowed, _ = resource.prlimit(replica.pid, resource.RLIMIT_NOFILE)
-        if connections < allowed:
-            assert allowed < 2 * connections
-        else:
-            assert allowed == hard
-            assert "LimitNOFILE" in replica.log.read_text()
+        assert connections < allowed < 2 * connections
+
+
+def test_the_service_says_that_it_has_too_few_descriptors(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    taken: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: taken.append(limits))
+    serve._take_descriptors(5000)
+    assert taken == [(4096, 4096)]
+    assert "LimitNOFILE" in caplog.text
 
 
 # ---- requests that are too much, or too little -------------------------------------------------------------------

@@ -437,7 +437,8 @@ def test_a_call_whose_time_has_passed_while_it_waited_is_not_carried_out(place: 
     with place.serve(threads=1) as server, contextlib.closing(place.connect(server.port)) as client:
         with calling(client, 1):
             eventually(lambda: held.begun == 1)
-            with calling(client, 3, seconds=0.1) as late:
+            with calling(client, 3, seconds=1.0) as late:
+                eventually(lambda: len(server._gate._queue) == 3)  # its time counts from when it was read
                 eventually(lambda: len(late) == 3)
             assert all(type(each) is CoreUnavailable for each in late)
             held.go.set()
