@@ -53,13 +53,17 @@ demo-regions: $(VENV)/.native  ## Two regions under load on one screen: unplugge
 # One backend's tests: two at a time, but for those that hold a promise under load, which a busy machine would break.
 define backend_tests
 echo "== the $(2) backend"; \
-OPENKCM_BACKEND=$(1) $(PYTEST) -n 2 tests/unit tests/contract tests/fuzz </dev/null || status=1; \
+OPENKCM_BACKEND=$(1) $(PYTEST) -n 2 $(3) tests/unit tests/contract tests/fuzz </dev/null || status=1; \
 OPENKCM_BACKEND=$(1) $(PYTEST) tests/adversarial </dev/null || status=1;
 endef
 
 # What has to hold whichever engine does AES-256-GCM.
 CIPHER_TESTS := $(patsubst %,tests/unit/test_%.py,crypto vectors golden streams rows gateway) \
     tests/contract/test_backends_agree.py tests/fuzz
+
+# Unit tests of what knows nothing of the backends run with the native one alone.
+ONCE := $(patsubst %,--ignore=tests/unit/test_%.py,bench bootstrap cli_demo cli_interrupts cli_unplug credentials \
+    failover instruction_counts joining listening liveness readme refusals roots session_table)
 
 # What knows nothing of the backends runs once: providers, stores, servers, and their faults. ARGS runs just what it names, on both backends.
 test: $(VENV)/.native $(VENV)/.dev  ## The test suite: providers, stores and servers, then all else once on each backend
@@ -71,7 +75,7 @@ ifeq ($(ARGS),)
 	$(call backend_tests,fast,native) \
 	echo "== the native backend on OpenSSL alone"; \
 	OPENKCM_BACKEND=fast OPENKCM_AES=evp $(PYTEST) -n 2 $(CIPHER_TESTS) </dev/null || status=1; \
-	$(call backend_tests,python,Python) \
+	$(call backend_tests,python,Python,$(ONCE)) \
 	exit $$status
 else
 	@status=0; \

@@ -115,8 +115,9 @@ def test_connections_that_are_cut_are_made_again(site: Site, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("fault", ["black_hole", "refuse", "cut"])
 def test_the_second_address_takes_over_and_the_first_comes_back(
-    site: Site, tmp_path: Path, fault: str
+    site: Site, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("openkcm.rpc.client.listener.RETURN_SECONDS", 0.5)
     with ExitStack() as stack:
         server = stack.enter_context(site.serve())
         target = ("127.0.0.1", server.ports["data"])
