@@ -54,15 +54,16 @@ demo-regions: $(VENV)/.native  ## Two regions under load on one screen: unplugge
 define backend_tests
 echo "== the $(2) backend"; \
 OPENKCM_BACKEND=$(1) $(PYTEST) -n 2 $(3) tests/unit tests/contract tests/fuzz </dev/null || status=1; \
-OPENKCM_BACKEND=$(1) $(PYTEST) tests/adversarial </dev/null || status=1;
+OPENKCM_BACKEND=$(1) $(PYTEST) $(3) tests/adversarial </dev/null || status=1;
 endef
 
 # What has to hold whichever engine does AES-256-GCM.
 CIPHER_TESTS := $(patsubst %,tests/unit/test_%.py,crypto vectors golden streams rows gateway) \
     tests/contract/test_backends_agree.py tests/fuzz
 
-# Unit tests of what knows nothing of the backends run with the native one alone.
-ONCE := $(patsubst %,--ignore=tests/unit/test_%.py,bench bootstrap cli_demo cli_interrupts cli_unplug credentials \
+# Tests of what knows nothing of the backends run with the native one alone.
+ONCE := $(patsubst %,--ignore=tests/adversarial/test_%.py,crash starvation unplug) \
+    $(patsubst %,--ignore=tests/unit/test_%.py,bench bootstrap cli_demo cli_interrupts cli_unplug credentials \
     failover instruction_counts joining listening liveness readme refusals roots session_table)
 
 # What knows nothing of the backends runs once: providers, stores, servers, and their faults. ARGS runs just what it names, on both backends.
