@@ -25,6 +25,7 @@ class GreenSocket(ssl.SSLSocket):
 
     loop: Loop
     _until: float | None = None
+    _asked = False
 
     def settimeout(self, value: float | None) -> None:
         """From now on, until when what is done takes its time: so many seconds from now, all in all."""
@@ -43,7 +44,14 @@ class GreenSocket(ssl.SSLSocket):
                 until_ready(self.loop, self, self._until, write=True)
 
     def read(self, len: int = 1024, buffer: Any = None) -> Any:  # noqa: A002  # the ssl module's own name for it
-        """As ``SSLSocket.read``."""
+        """As ``SSLSocket.read``; the first after something was sent gives way to others, whatever there is to read.
+
+        On a busy machine the answer may be there at once: a thousand tasks would then make their calls one after the
+        other, with nobody else having a turn, and none would join another's.
+        """
+        if self._asked:
+            self._asked = False
+            until_ready(self.loop, self, self._until)
         while True:
             try:
                 return super().read(len, buffer)
@@ -52,6 +60,7 @@ class GreenSocket(ssl.SSLSocket):
 
     def send(self, data: Any, flags: int = 0) -> int:
         """As ``SSLSocket.send``."""
+        self._asked = True
         while True:
             try:
                 return super().send(data, flags)
