@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import pytest
 
 import openkcm
 from openkcm import aio, crypto
-from openkcm.aio.green import GreenCondition, GreenLock, Loop
+from openkcm.aio.green import TOGETHER, GreenCondition, GreenEvent, GreenLock, Loop
 from openkcm.aio.waiting import HEAVY_BYTES, Green, is_heavy
 from openkcm.errors import CoreUnavailable, DecryptError, InvalidInput, TenantDark
 from remote_support import SECONDS
@@ -409,6 +410,28 @@ def test_a_word_to_who_is_gone_is_for_the_next() -> None:
         await asyncio.wait(tasks)
         assert tasks[0].cancelled() and tasks[1].result() is True
         assert await loop.run(condition.wait, 0.01) is False
+
+    asyncio.run(main())
+
+
+def test_others_have_a_turn_while_many_are_woken() -> None:
+    loop = Loop()
+    count = 5 * TOGETHER
+
+    async def main() -> None:
+        event = GreenEvent(loop)
+        tasks = [asyncio.create_task(loop.run(event.wait, SECONDS)) for _ in range(count)]
+        await until(lambda: len(event._waiters) == count)
+        tasks[count // 2].cancel()
+        event.set()
+        left = []
+        while event._waiters:
+            left.append(len(event._waiters))
+            await asyncio.sleep(0)
+        assert len(left) >= 5
+        assert max(before - after for before, after in pairwise(left)) <= TOGETHER + 1
+        await asyncio.wait(tasks)
+        assert [task.cancelled() for task in tasks].count(True) == 1
 
     asyncio.run(main())
 

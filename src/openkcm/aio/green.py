@@ -31,6 +31,9 @@ logger = logging.getLogger("openkcm.aio")
 P = ParamSpec("P")
 T = TypeVar("T")
 
+TOGETHER: Final = 64
+"""Tasks that an event wakes in one turn of the loop: each opens a record then, in some 30 microseconds."""
+
 _tasks: Final[set[asyncio.Task[Any]]] = set()
 """What runs in the background: the loop itself holds tasks only weakly."""
 
@@ -225,10 +228,17 @@ class GreenEvent:
         return self._set
 
     def set(self) -> None:
-        """As ``Event.set``."""
+        """As ``Event.set``; those who wait go on ``TOGETHER`` at a time, so that others have a turn between."""
         self._set = True
+        self._wake_some()
+
+    def _wake_some(self) -> None:
+        woken = 0
         for each in self._waiters:
-            _wake(each)
+            if woken == TOGETHER:
+                self._loop.get().call_soon(self._wake_some)
+                return
+            woken += _wake(each)
 
     def wait(self, timeout: float | None = None) -> bool:
         """As ``Event.wait``."""
