@@ -385,7 +385,8 @@ def test_rewrapping_touches_no_data(core: openkcm.Core, service: ServiceHandle) 
     assert moved[2] == blobs[2]
     assert service._subjects._store.scan(service.service_id, b"", 10)[0].version == 2
     assert service.decrypt_many(moved) == [b"a", b"b", b"c", b"d"]
-    outcomes = service.rewrap_many([blobs[0], b"junk", blobs[1][:30] + b"?" + blobs[1][31:]], errors="return")
+    altered = blobs[1][:30] + bytes([blobs[1][30] ^ 1]) + blobs[1][31:]
+    outcomes = service.rewrap_many([blobs[0], b"junk", altered], errors="return")
     assert [type(outcome) for outcome in outcomes] == [bytes, FormatError, DecryptError]
     assert refused(lambda: service.rewrap_many([blobs[0], b"junk"]), FormatError).index == 1
 
