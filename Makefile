@@ -72,7 +72,7 @@ ifeq ($(ARGS),)
 	@status=0; \
 	echo "== roots of trust, stores and servers"; \
 	$(PYTEST) -n 4 tests/roots tests/service </dev/null || status=1; \
-	$(PYTEST) tests/faults </dev/null || status=1; \
+	$(PYTEST) -n 2 tests/faults </dev/null || status=1; \
 	$(call backend_tests,fast,native) \
 	echo "== the native backend on OpenSSL alone"; \
 	OPENKCM_BACKEND=fast OPENKCM_AES=evp $(PYTEST) -n 2 $(CIPHER_TESTS) </dev/null || status=1; \
