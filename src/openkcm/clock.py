@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two clocks: one that only grows, for how long; one that people read, for when."""
+"""The two clocks: one that only grows, for how long; one that people read, for when. And dice, which spread moments."""
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
+from typing import Final
 
 # On the path of every use of a key: bound in C, which costs half of what a function of ours would.
 awake_clock: Callable[[], float] = (
@@ -16,6 +18,10 @@ awake_clock: Callable[[], float] = (
 
 Key time must not stand still in a suspended machine: what it was told an hour ago is an hour old.
 """
+
+
+DICE: Final = random.SystemRandom()
+"""For jitter. Not the generator of the module ``random``: whoever seeded that one wants its numbers to himself."""
 
 
 def utc_now() -> str:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import heapq
 import logging
-import random
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import Final, Generic, TypeVar
+
+from ..clock import DICE
 
 T = TypeVar("T")
 
@@ -131,14 +132,14 @@ class Turns(Generic[T]):
 
     def join(self, member: T) -> None:
         """Begin anywhere within the interval, so that members who join at one moment spread."""
-        self._push(random.random() * self._pause(), member, True)
+        self._push(DICE.random() * self._pause(), member, True)
 
     def once(self, member: T, at: float) -> None:
         """One more turn, at a moment of the clock."""
         self._push(at - self._clock(), member, False)
 
     def _pause(self) -> float:
-        return self._interval * (1 - self._jitter * random.random())
+        return self._interval * (1 - self._jitter * DICE.random())
 
     def _push(self, after: float, member: T, again: bool) -> None:
         with self._lock:

@@ -9,11 +9,11 @@ logged and the tombstone kept.
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Final
 
+from ..clock import DICE
 from ..errors import OpenKCMError, Unavailable
 from ..keys import KeyService, Service
 from ..waiting import waiting_of
@@ -55,7 +55,7 @@ class Delivery:
         except Unavailable as error:
             logger.info("shredded keys of which the Core is yet to hear wait on: %s", error)
             pause, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE_SECONDS)
-            return pause * random.uniform(0.5, 1.0)
+            return pause * DICE.uniform(0.5, 1.0)
         self._pause = FIRST_PAUSE_SECONDS
         return REFUSED_SECONDS if refused else None
 

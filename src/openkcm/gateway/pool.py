@@ -8,7 +8,6 @@ keys are in two halves: while one is used up, the other is fetched in the backgr
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from .. import crypto
+from ..clock import DICE
 from ..crypto import SecretKeys
 from ..errors import OpenKCMError, SecretMemoryError, Unavailable
 from ..keys import KeyService, Kind, Service
@@ -113,11 +113,11 @@ class Pool:
             fresh = self._make()
         except Unavailable:
             pause, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE_SECONDS)
-            return pause * random.uniform(0.5, 1.0)
+            return pause * DICE.uniform(0.5, 1.0)
         except OpenKCMError:
             return None  # whoever finds the pool empty is told
         self._pause = FIRST_PAUSE_SECONDS
-        self._renew_at = time.monotonic() + self._policy.seconds * random.uniform(*RENEWED)
+        self._renew_at = time.monotonic() + self._policy.seconds * DICE.uniform(*RENEWED)
         with self._lock:
             old: ReadyKeys | None = fresh
             if epoch == self._epoch:

@@ -12,13 +12,13 @@ statements. Serialization failures are tried again.
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 from psycopg import Connection, Error, errors
 
+from ..clock import DICE
 from ..crypto import random_bytes
 from ..errors import StoreUnavailable
 from ..keys import Service
@@ -317,5 +317,5 @@ class PostgresKeyStore:
                 self._pool.give_back(connection)
                 return result
             if not stale:
-                time.sleep(random.uniform(0, _PAUSE_SECONDS))
+                time.sleep(DICE.uniform(0, _PAUSE_SECONDS))
         raise AssertionError("the last try returns or raises")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import stat
 import threading
 import time
@@ -22,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from ..clock import DICE
 from ..errors import RootMisconfigured, RootUnavailable
 from .pkcs11_answers import LOST, Answer, Lost, ask
 from .pkcs11_calls import Caller
@@ -116,7 +116,7 @@ class Module:
                     pause = next(pauses, None)
                     if pause is None or time.monotonic() + pause >= started + seconds:
                         break
-                    time.sleep(pause * random.uniform(0.5, 1.5))
+                    time.sleep(pause * DICE.uniform(0.5, 1.5))
         finally:
             pin = None  # this frame outlives the call where an error is kept
         raise otherwise

@@ -8,7 +8,6 @@ has answered a question of our own, asked in the background: no caller waits to 
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 import weakref
@@ -16,6 +15,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
+from ...clock import DICE
 from ...errors import CoreUnavailable, InvalidInput, OpenKCMError
 from ...waiting import THREADS, Event, Waiting
 from .. import keys_pb2 as pb
@@ -215,7 +215,7 @@ def _try_again(endpoints: weakref.ref[Endpoints], endpoint: Endpoint, closed: Ev
     """Ask an address that failed for a new session, again and again, until it answers or nobody wants to know."""
     pause = FIRST_PAUSE_SECONDS
     answered = False
-    while not answered and not closed.wait(pause * random.uniform(0.5, 1.0)):
+    while not answered and not closed.wait(pause * DICE.uniform(0.5, 1.0)):
         if endpoints() is None:
             return
         try:

@@ -9,12 +9,11 @@ so or because keys were held before the first word came, everything held is drop
 from __future__ import annotations
 
 import logging
-import random
 import weakref
 from collections.abc import Callable
 from typing import Final
 
-from ...clock import awake_clock
+from ...clock import DICE, awake_clock
 from ...errors import AccessDenied, CoreUnavailable, OpenKCMError
 from ...keys import Change, Event
 from ...limits import KEY_ID_BYTES
@@ -97,7 +96,7 @@ class Watcher:
                     failures = 0
             failures += 1
             pause = min(0.05 * 2**failures, LONGEST_PAUSE_SECONDS)
-            self._stop.wait(pause * random.uniform(0.5, 1.0))
+            self._stop.wait(pause * DICE.uniform(0.5, 1.0))
 
     def _follow(self, endpoint: Endpoint) -> bool:
         """Listen to one address until its stream ends; returns whether anything was heard."""

@@ -11,7 +11,6 @@ a tenant went dark are not handed out after it. After a fork the child connects 
 from __future__ import annotations
 
 import os
-import random
 import threading
 import time
 import weakref
@@ -21,7 +20,7 @@ from typing import Any, Final, TypeVar
 
 from google.protobuf.message import Message
 
-from ...clock import awake_clock
+from ...clock import DICE, awake_clock
 from ...crypto import SecretKeys, open_keys, random_bytes, seal_keys
 from ...errors import (
     ChannelExpired,
@@ -328,7 +327,7 @@ class RemoteCore:
 
     def _pause(self, end: float) -> bool:
         """Wait for a moment before asking again; False when there is no time left."""
-        pause = PAUSE_SECONDS * random.uniform(0.5, 1.0)
+        pause = PAUSE_SECONDS * DICE.uniform(0.5, 1.0)
         if time.monotonic() + pause >= end:
             return False
         self.waiting.sleep(pause)
