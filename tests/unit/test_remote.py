@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,6 +65,43 @@ def test_a_key_store_is_needed_only_for_subjects(wire: Wire) -> None:
         ):
             error = refused(call, InvalidInput)
             assert "keys=" in str(error)
+
+
+# ---- large batches ------------------------------------------------------------------------------------
+
+
+def test_parts_of_a_large_batch_overlap_and_stand_in_their_order(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with wire.connect(deadline=5.0) as remote, openkcm.Gateway(remote) as gateway:
+        service = gateway.service("acme", "records")
+        unwrap, together = remote.unwrap_keys, threading.Barrier(3)
+
+        def meet(*arguments: Any) -> Any:
+            together.wait(20)  # breaks unless three parts are at the Core at once
+            return unwrap(*arguments)
+
+        records = [b"%d" % at for at in range(4001)]
+        blobs = service.encrypt_many(records)
+        monkeypatch.setattr(remote, "unwrap_keys", meet)
+        assert service.decrypt_many(blobs) == records
+        bad = [*blobs]
+        for at in (1500, 3999):
+            bad[at] = bad[at][:-1] + bytes((bad[at][-1] ^ 1,))
+        error = refused(lambda: service.decrypt_many(bad), openkcm.DecryptError)
+        assert error.index in (1500, 3999)  # type: ignore[attr-defined]
+        opened = service.decrypt_many(bad, errors="return")
+        assert [at for at, each in enumerate(opened) if each != records[at]] == [1500, 3999]
+        assert {type(opened[at]) for at in (1500, 3999)} == {openkcm.DecryptError}
+
+
+def test_a_kill_ends_a_large_batch(wire: Wire) -> None:
+    with wire.connect(deadline=5.0) as remote, openkcm.Gateway(remote) as gateway:
+        service = gateway.service("acme", "records")
+        blobs = service.encrypt_many([b"x"] * 5000)
+        wire.server.core.kill("acme")
+        refused(lambda: service.decrypt_many(blobs), openkcm.TenantDark)
+        refused(lambda: service.encrypt_many([b"x"] * 5000), openkcm.TenantDark)
 
 
 # ---- the pool -----------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ from .columns import ColumnSealer
 from .keystore import KeyStore
 from .leases import Leases
 from .opener import Opener
+from .overlap import Overlap
 from .policy import DataKeyPolicy, PoolPolicy
 from .pool import Pool, SharedKeys
 from .running import RunningStreams
@@ -75,6 +76,7 @@ class ServiceHandle:
         self._stored = _cipher(Kind.STORED, service, KEY_ID_BYTES)
         self._opener = Opener(service, self._leases, self._subjects, self._inline, self._stored)
         waiting = waiting_of(core)
+        self._overlap = Overlap(core)
         self._seal_one = waiting.heavy(self._inline.seal_one, 5)
         self._open_kept = waiting.heavy(self._inline.open_kept, 4)
         self._seal_many = waiting.heavy(self._inline.seal_many, 5)
@@ -216,16 +218,17 @@ class ServiceHandle:
         in_place = check_errors(errors)
         items = as_list(blobs)
         encoded = encode_contexts(context, contexts, len(items))
-        results: list[Any] = []
-        for start, stop in chunks(items):
+
+        def open_part(start: int, stop: int) -> list[Any]:
             part = items if stop - start == len(items) else items[start:stop]
             try:
-                results += self._opener.open(part, part_of(encoded, start, stop), in_place)
+                return self._opener.open(part, part_of(encoded, start, stop), in_place)
             except OpenKCMError as error:
                 if error.index is not None:
                     error.index += start
                 raise
-        return results
+
+        return self._overlap.run(items, open_part)
 
     def rewrap_many(self, blobs: Sequence[Buffer], *, errors: Errors = "raise") -> list[Any]:
         """Move the data keys of envelopes under the active service key; the data is not touched.
@@ -355,25 +358,23 @@ class ServiceHandle:
     def _encrypt_all(self, items: list[Any], contexts: Contexts, names: list[str] | None) -> list[Any]:
         if names is None and not self._single_use:
             return self._encrypt_shared(items, contexts)
-        results: list[Any] = []
-        for start, stop in chunks(items):
+
+        def seal_part(start: int, stop: int) -> list[Any]:
             whole = stop - start == len(items)
             part = items if whole else items[start:stop]
             encoded = part_of(contexts, start, stop)
             try:
                 if names is None:
-                    sealed = self._seal_fresh(part, encoded)
-                else:
-                    some = names if whole or len(names) == 1 else names[start:stop]
-                    sealed = self._seal_stored(part, encoded, some)
+                    return self._seal_fresh(part, encoded)
+                return self._seal_stored(
+                    part, encoded, names if whole or len(names) == 1 else names[start:stop]
+                )
             except OpenKCMError as error:
                 if error.index is not None:
                     error.index += start
                 raise
-            if whole:
-                return sealed
-            results += sealed
-        return results
+
+        return self._overlap.run(items, seal_part)
 
     def _seal_fresh(self, part: list[Any], contexts: Contexts) -> list[bytes]:
         """A new data key for every record."""
