@@ -16,37 +16,16 @@ import os
 import pwd
 import re
 import secrets
-import shutil
 import signal
-import socket
 import subprocess
-import tempfile
 import time
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
-START_SECONDS: Final = 30.0
-STOP_SECONDS: Final = 10.0
-PAUSE_SECONDS: Final = 0.01
-PORT_TRIES: Final = 5
+from .guarded import PAUSE_SECONDS, STOP_SECONDS, GuardedServer
+
 USER: Final = "openkcm"
-
-# $1 is the folder, the rest the server. Standard input is the pipe: a background command gets it by another number.
-# SIGINT asks for a fast shutdown. Where the owner is gone, nobody else removes the folder.
-_GUARD: Final = """
-folder=$1; shift
-exec 3<&0
-"$@" </dev/null 3<&- & server=$!
-echo $server >"$folder/pid.new" && mv "$folder/pid.new" "$folder/pid"
-{ read -r nothing || : >"$folder/orphan"; kill -INT $server; } <&3 & guard=$!
-exec 3<&-
-wait $server
-kill -9 $guard 2>/dev/null
-[ ! -e "$folder/orphan" ] || rm -rf "$folder"
-"""
 
 # Small, and quick to start. A killed process loses nothing without fsync, only a killed machine would.
 _SETTINGS: Final = {
@@ -60,7 +39,7 @@ _SETTINGS: Final = {
 }
 
 
-class PostgresServer:
+class PostgresServer(GuardedServer):
     """One server on a free port of 127.0.0.1, running when the constructor returns; a context manager that stops it.
 
     Args:
@@ -71,17 +50,18 @@ class PostgresServer:
         RuntimeError: PostgreSQL is not installed, or does not start.
     """
 
+    title = "PostgreSQL"
+    start_seconds = 30.0
+    stop_signal = "INT"  # a fast shutdown
+
     def __init__(self, settings: Mapping[str, str] | None = None, certificate: Path | None = None) -> None:
         self._programs = find_programs()
         self._account = _unprivileged()
         self.password = secrets.token_urlsafe(24)
-        self.folder = Path(tempfile.mkdtemp(prefix="openkcm-postgres-"))
+        super().__init__("openkcm-postgres-")
         self._data = self.folder / "data"
         self._settings = {**_SETTINGS, **(settings or {})}
-        self._life: list[subprocess.Popen[bytes]] = []  # the running server, if it runs
-        self._end = weakref.finalize(self, _end, self._life, self.folder, os.getpid())
         self._databases: set[str] = set()
-        self.port = 0
         try:
             self._make_cluster()
             if certificate is not None:
@@ -99,11 +79,6 @@ class PostgresServer:
             self.create_database(database)
         query = "&".join(f"{name}={value}" for name, value in parameters.items())
         return f"postgresql://{USER}:{self.password}@127.0.0.1:{self.port}/{database}{'?' if query else ''}{query}"
-
-    @property
-    def running(self) -> bool:
-        """Whether the server's main process is there."""
-        return any(process.poll() is None for process in self._life)
 
     def create_database(self, name: str) -> str:
         """Make an empty database, if it is not there; returns its URL.
@@ -140,26 +115,13 @@ class PostgresServer:
         """Start again on the same port, with the same data; returns when it takes connections."""
         if self.running:
             return
-        with (self.folder / "log").open("ab") as log:
-            (self.folder / "pid").unlink(missing_ok=True)
-            process = subprocess.Popen(
-                [
-                    *("/bin/sh", "-c", _GUARD, "sh", str(self.folder)),
-                    *(str(self._programs / "postgres"), "-D", str(self._data), "-p", str(self.port)),
-                    *(word for name, value in self._settings.items() for word in ("-c", f"{name}={value}")),
-                ],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # an interrupt at the terminal is for the owner, who stops the server in order
-                **self._as_account(),
-            )
-        self._life[:] = [process]
-        self._wait_ready()
-
-    def stop(self) -> None:
-        """Shut down in order, with connections cut; the data stays for ``start``. Idempotent."""
-        _stop(self._life)
+        self._launch(
+            [
+                *(str(self._programs / "postgres"), "-D", str(self._data), "-p", str(self.port)),
+                *(word for name, value in self._settings.items() for word in ("-c", f"{name}={value}")),
+            ],
+            **self._as_account(),
+        )
 
     def kill(self) -> None:
         """End every process of the server with SIGKILL, as a crash of the machine would; ``start`` recovers."""
@@ -176,25 +138,8 @@ class PostgresServer:
         deadline = time.monotonic() + STOP_SECONDS
         while any(map(_alive, family)) and time.monotonic() < deadline:
             time.sleep(PAUSE_SECONDS)
-        _stop(self._life)
-        _remove_segment(self._data)
-
-    def restart(self) -> None:
-        """Stop and start."""
         self.stop()
-        self.start()
-
-    def close(self) -> None:
-        """Stop for good and remove the data; idempotent."""
-        self._end()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        _remove_segment(self._data)
 
     # ---- inside --------------------------------------------------------------------------------------
 
@@ -242,41 +187,12 @@ class PostgresServer:
         self._own(own)
         self._settings.update(ssl="on", ssl_cert_file=str(own), ssl_key_file=str(own))
 
-    def _start_somewhere(self) -> None:
-        for left in reversed(range(PORT_TRIES)):
-            self.port = _free_port()
-            try:
-                self.start()
-            except RuntimeError:
-                if not left:  # else the port may have been taken meanwhile
-                    raise
-            else:
-                return
-
-    def _wait_ready(self) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline and self.running:
-            if self._is_ready():
-                return
-            time.sleep(PAUSE_SECONDS)
-        self.stop()
-        lines = (self.folder / "log").read_text(errors="replace").strip().splitlines()[-3:]
-        raise RuntimeError(f"PostgreSQL did not start: {' | '.join(lines)}")
-
     def _is_ready(self) -> bool:
         """As pg_ctl tells: the file of the main process has its id in line 1 and its state in line 8."""
         with contextlib.suppress(OSError):
             lines = (self._data / "postmaster.pid").read_text().splitlines()
             return len(lines) >= 8 and lines[7].strip() == "ready" and lines[0] == str(self._server())
         return False
-
-    def _server(self) -> int | None:
-        """The id of the server's main process, once the guard has written it."""
-        if not self.running:
-            return None
-        with contextlib.suppress(OSError, ValueError):
-            return int((self.folder / "pid").read_text())
-        return None
 
 
 def find_programs() -> Path:
@@ -331,29 +247,3 @@ def _remove_segment(data: Path) -> None:
     with contextlib.suppress(OSError, IndexError, ValueError):
         segment = int((data / "postmaster.pid").read_text().splitlines()[6].split()[1])
         ctypes.CDLL(None).shmctl(segment, 0, None)  # 0 is IPC_RMID
-
-
-def _stop(life: list[subprocess.Popen[bytes]]) -> None:
-    """End the running server in order, or take note that it ended."""
-    for process in life:
-        if process.stdin is not None:
-            with contextlib.suppress(OSError):  # it ended by itself
-                process.stdin.write(b"\n")  # a line, since a forked child may still hold the pipe open
-                process.stdin.close()
-        process.wait(STOP_SECONDS)
-    life.clear()
-
-
-def _end(life: list[subprocess.Popen[bytes]], folder: Path, owner: int) -> None:
-    if os.getpid() != owner:
-        return  # a forked child, which owns neither
-    try:
-        _stop(life)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ from typing import IO, Any, Final
 from ...core import Core
 from ...errors import CoreUnavailable
 from ...pki import DevelopmentCA
+from ...testing.guarded import free_port
 from ...testing.postgres import PostgresServer
 from ...testing.softhsm import SoftHSM, SoftHSMKey
 
@@ -189,7 +189,7 @@ class RegionsSite:
                 core.grant(identity, TENANT, SERVICE, ("wrap", "unwrap", "shred"))
 
     def _replica(self, region: str, number: int) -> Replica:
-        name, port = f"core-{region}-{number}", _free_port()
+        name, port = f"core-{region}-{number}", free_port()
         config = self._folder / f"{name}.toml"
         values = {
             "store": self.store(region),
@@ -233,8 +233,3 @@ class RegionsSite:
         application = Application(name, region, process)
         application.listen()
         return application
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])

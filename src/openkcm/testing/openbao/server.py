@@ -13,7 +13,6 @@ import http.client
 import json
 import os
 import shutil
-import socket
 import ssl
 import subprocess
 import tempfile
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from ..guarded import free_port
 from ..https import make_certificate
 
 START_SECONDS: Final = 15.0
@@ -76,7 +76,7 @@ class OpenBaoServer:
         binary = find_binary()
         self.folder = Path(tempfile.mkdtemp(prefix="openkcm-openbao-"))
         self.authority = self.folder / "authority.pem"
-        self.port = _free_port()
+        self.port = free_port()
         self._record = self.folder / "record.json"
         self._events: list[Event] = []
         self._read = 0
@@ -238,9 +238,3 @@ def _end(process: subprocess.Popen[bytes], folder: Path, owner: int) -> None:
         process.wait(STOP_SECONDS)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
