@@ -16,6 +16,7 @@ from openkcm.errors import RootMisconfigured, RootUnavailable
 from openkcm.roots.gcp import ANSWERS, GCPRoot, open_gcp
 from openkcm.roots.gcp import session as gcp_session
 from openkcm.testing.gcp import GCPKMS, GCPKey
+from openkcm.testing.guarded import free_port
 from openkcm.testing.https import Request, Response, Server
 from support import refused
 
@@ -52,12 +53,6 @@ def wrapped(root: GCPRoot) -> bytes:
     wrapped = root.wrap(SEALED, CONTEXT)
     root.close()
     return wrapped
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
 
 
 @contextlib.contextmanager

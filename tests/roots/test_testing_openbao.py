@@ -114,7 +114,7 @@ def test_stopping_while_a_forked_child_lives_on() -> None:
 def test_a_server_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        monkeypatch.setattr("openkcm.testing.openbao.server._free_port", lambda: port)
+        monkeypatch.setattr("openkcm.testing.openbao.server.free_port", lambda: port)
         with pytest.raises(RuntimeError, match=r"did not start: .*address already in use"):
             OpenBaoServer()
 
