@@ -284,13 +284,13 @@ cdef bytes in_order(uint64_t counter):
     return int(counter).to_bytes(COUNTER, "big")
 
 
-def seal_keys(Channel channel not None, SecretKeys keys not None, bytes aad not None):
+def seal_keys(Channel channel not None, SecretKeys keys not None, *aad):
     """Seal data keys for the channel's other end: counter (8) || ciphertext (32 each) || tag (16).
 
     Args:
         channel: the session; any number of threads may use it at once.
         keys: 1 to 16,384 data keys.
-        aad: what the message is for; the other end must name the same.
+        aad: what the message is for, whose parts are put together; the other end must name the same.
 
     Raises:
         LimitExceeded: this side has sealed 2**32 messages in this session; agree on a new one.
@@ -310,7 +310,7 @@ def seal_keys(Channel channel not None, SecretKeys keys not None, bytes aad not 
             counter = okc_count_add(&channel.count, 1)
             if counter >= LIMIT:
                 raise limit_error()("this session has sealed 2**32 messages, which is all it may; agree on a new one")
-            bound = aad + in_order(counter)
+            bound = b"".join((*aad, in_order(counter)))
             bound_bytes = bound_size(bound)
             bound_at = <const uint8_t *>PyBytes_AS_STRING(bound)
             sealed = PyBytes_FromStringAndSize(NULL, size + EXTRA)
@@ -328,7 +328,7 @@ def seal_keys(Channel channel not None, SecretKeys keys not None, bytes aad not 
     return sealed
 
 
-def open_keys(Channel channel not None, bytes sealed not None, bytes aad not None):
+def open_keys(Channel channel not None, bytes sealed not None, *aad):
     """Open what the channel's other end sealed; the keys come out in secret memory.
 
     A message may be opened more than once, and in any order: what must happen once is for ``aad`` to say.
@@ -351,7 +351,7 @@ def open_keys(Channel channel not None, bytes sealed not None, bytes aad not Non
         counter = int.from_bytes(sealed[:COUNTER], "big")
         if counter >= LIMIT:
             raise decrypt_error()()
-        bound = aad + sealed[:COUNTER]
+        bound = b"".join((*aad, sealed[:COUNTER]))
         bound_bytes = bound_size(bound)
         bound_at = <const uint8_t *>PyBytes_AS_STRING(bound)
         keys = new_keys(size // KEY)

@@ -367,13 +367,14 @@ class Core(Access):
         """Record stored data keys as destroyed, for good; only random ids are kept."""
         self._check_open()
         tombstones.add(self._vault, service, ids, utc_now())
-        key_ids = tuple(ids[at : at + KEY_ID_BYTES] for at in range(0, len(ids), KEY_ID_BYTES))
+        key_ids = tuple(tombstones.split_ids(ids))
         self._vault.listeners.tell(Event(Change.SHREDDED, service.tenant, service.service_id, key_ids))
 
     def shredded(self, service: Service, ids: bytes) -> frozenset[bytes]:
         """Those of the ids that were shredded."""
         self._check_open()
-        return self._tombstones.find(service, ids)
+        gone = self._tombstones.find(service, ids)
+        return frozenset([ids[at * KEY_ID_BYTES : (at + 1) * KEY_ID_BYTES] for at in gone])
 
     def watch(self, listener: Callable[[Event], None]) -> Callable[[], None]:
         """Call ``listener`` on every change, keys being zeroed already, until the returned function is called."""

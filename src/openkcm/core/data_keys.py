@@ -22,7 +22,7 @@ from ..errors import (
     StoreUnavailable,
 )
 from ..keys import Kind, OpenedKeys, Service, WrappedKeys
-from ..limits import KEY_ID_BYTES, MAX_KEYS_PER_CALL, WRAPPED_KEY_BYTES
+from ..limits import MAX_KEYS_PER_CALL, WRAPPED_KEY_BYTES
 from .keyring import ServiceKey
 from .tombstones import Tombstones
 from .vault import OVERTAKEN, Vault
@@ -111,12 +111,9 @@ class DataKeys:
             return wrapped.wrapped, {}
         blobs = bytearray(wrapped.wrapped)
         failures: dict[int, OpenKCMError] = {}
-        for at in range(len(wrapped)):
-            if wrapped.ids[at * KEY_ID_BYTES : (at + 1) * KEY_ID_BYTES] in gone:
-                blobs[at * WRAPPED_KEY_BYTES : (at + 1) * WRAPPED_KEY_BYTES] = bytes(WRAPPED_KEY_BYTES)
-                failures[at] = KeyDestroyed(
-                    "this data key was shredded; what it encrypted cannot be read again"
-                )
+        for at in gone:
+            blobs[at * WRAPPED_KEY_BYTES : (at + 1) * WRAPPED_KEY_BYTES] = bytes(WRAPPED_KEY_BYTES)
+            failures[at] = KeyDestroyed("this data key was shredded; what it encrypted cannot be read again")
         return bytes(blobs), failures
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import sqlalchemy as sql
 
+from ..crypto import IdSet
 from ..errors import InvalidInput
 from ..keys import Service
 from ..limits import KEY_ID_BYTES
@@ -24,15 +25,10 @@ _FEW = 1024
 """Tombstones that are read beyond the number of ids asked about, to know them all: one read in place of many."""
 
 
-def check_ids(ids: bytes) -> None:
-    """Raise InvalidInput unless these are packed ids."""
-    if len(ids) % KEY_ID_BYTES:
-        raise InvalidInput("data key ids have 16 bytes each")
-
-
 def split_ids(ids: bytes) -> list[bytes]:
     """Cut packed ids into 16-byte ones."""
-    check_ids(ids)
+    if len(ids) % KEY_ID_BYTES:
+        raise InvalidInput("data key ids have 16 bytes each")
     return [ids[at : at + KEY_ID_BYTES] for at in range(0, len(ids), KEY_ID_BYTES)]
 
 
@@ -54,14 +50,14 @@ def add(vault: Vault, service: Service, ids: bytes, at: str) -> None:
 
 
 class _Verdicts(NamedTuple):
-    """The ids of one service that are known to be shredded, and those known not to be; None: all others."""
+    """The shredded ones among one service's ids; and the ids that were looked up, or None: all of them."""
 
     service: Service
-    shredded: set[bytes]
-    kept: set[bytes] | None
+    shredded: IdSet
+    asked: IdSet | None
 
     def size(self) -> int:
-        return len(self.shredded) + len(self.kept or ())
+        return len(self.shredded) + (len(self.asked) if self.asked is not None else 0)
 
 
 class _Known(NamedTuple):
@@ -87,28 +83,24 @@ class Tombstones:
         # One tuple, replaced whole: a thread must never pair old verdicts with a new version.
         self._known = _Known(-1, None, {})
 
-    def find(self, service: Service, ids: bytes) -> frozenset[bytes]:
-        """Those of the ids that are shredded.
+    def find(self, service: Service, ids: bytes) -> list[int]:
+        """The positions of those of the packed ids that are shredded.
 
         Raises:
             StoreUnavailable: it is not known, and the store does not answer.
         """
-        check_ids(ids)
         # Asked before the store is: a commit in between makes the next look ask again.
         seen = self._store.data_version()
         state = self._known
         if seen != state.version:
             state, _ = self._advance(state, seen)
         known = state.verdicts.get(service.service_id)
-        if known is not None and known.kept is None and not known.shredded:
-            return frozenset()
-        wanted = frozenset(split_ids(ids))
-        if known is None or (known.kept is not None and not wanted <= known.kept | known.shredded):
-            known = self._look(service, wanted, known)
+        if known is None or (known.asked is not None and known.asked.missing(ids)):
+            known = self._look(service, ids, known)
             if known.size() + sum(map(_Verdicts.size, list(state.verdicts.values()))) > _KEPT:
                 state.verdicts.clear()
             state.verdicts[service.service_id] = known
-        return wanted & known.shredded
+        return known.shredded.positions(ids)
 
     def refresh(self) -> None:
         """Read again, ahead of their use, the verdicts that somebody's shredding made unknown.
@@ -120,7 +112,7 @@ class Tombstones:
             return
         state, dropped = self._advance(state, seen)
         for service in dropped:
-            state.verdicts[service.service_id] = self._look(service, frozenset(), None)
+            state.verdicts[service.service_id] = self._look(service, b"", None)
 
     def _advance(self, state: _Known, seen: int) -> tuple[_Known, list[Service]]:
         """Take over the verdicts that still hold; returns the services of the others too."""
@@ -143,17 +135,19 @@ class Tombstones:
         self._known = state = _Known(seen, last, verdicts)
         return state, dropped
 
-    def _look(self, service: Service, wanted: frozenset[bytes], known: _Verdicts | None) -> _Verdicts:
+    def _look(self, service: Service, ids: bytes, known: _Verdicts | None) -> _Verdicts:
         """Read the verdicts on these ids; or all of the service's tombstones, if they are not many more."""
-        shredded, kept = (known.shredded, known.kept or set()) if known is not None else (set(), set())
-        unknown = wanted - shredded - kept
+        shredded, asked = b"", b""
+        if known is not None and known.asked is not None:
+            shredded, asked = known.shredded.ids, known.asked.ids
+            ids = known.asked.missing(ids)
+        unknown = list(dict.fromkeys(split_ids(ids)))
         with self._store.read() as connection:
             every = _first(connection, service, len(unknown) + _FEW)
             if len(every) < len(unknown) + _FEW:
-                return _Verdicts(service, every, None)
-            found = _find(connection, service, list(unknown))
-        # New sets: another thread may be reading the old ones.
-        return _Verdicts(service, shredded | found, kept | (unknown - found))
+                return _Verdicts(service, IdSet(b"".join(every)), None)
+            found = _find(connection, service, unknown)
+        return _Verdicts(service, IdSet(shredded + b"".join(found)), IdSet(asked + b"".join(unknown)))
 
 
 def _first(connection: sql.Connection, service: Service, most: int) -> set[bytes]:

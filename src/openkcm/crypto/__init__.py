@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         seal_named,
         seal_rows,
     )
+    from .pure_ids import IdSet
     from .pure_records import RecordCipher, StreamCipher
     from .pure_rows import FlatRows, split_rows
 
@@ -71,6 +72,7 @@ __all__ = [
     "Channel",
     "ChannelOffer",
     "FlatRows",
+    "IdSet",
     "KeyRing",
     "Memory",
     "Part",
@@ -114,7 +116,7 @@ _COMMON: Final = ("CODES", "FIXED", "NOTHING", "OFFSETS", "VIEWS", "Part", "back
 """What does not come from a backend."""
 _FAST_MODULES: Final = (
     *("secret", "wrapping", "aead", "rows", "stream", "channel"),
-    *("cells", "places", "table", "ring", "run", "column", "arrow"),
+    *("cells", "places", "table", "ids", "ring", "run", "column", "arrow"),
 )
 _PRIVATE: Final = (
     *("native_info", "_gcm_open", "_gcm_seal", "_xaes_open", "_xaes_seal"),
@@ -152,14 +154,14 @@ def _aes_wanted() -> str:
 
 
 def _load_python() -> dict[str, Any]:
-    from . import pure, pure_arrow, pure_cells, pure_channel, pure_columns, pure_records, pure_rows
+    from . import pure, pure_arrow, pure_cells, pure_channel, pure_columns, pure_ids, pure_records, pure_rows
 
     if _aes_wanted() == "ipsec-mb" or os.environ.get("OPENKCM_LIBCRYPTO"):
         raise BackendUnavailable(
             "OPENKCM_AES=ipsec-mb and OPENKCM_LIBCRYPTO choose for the native backend; "
             "the Python backend always uses the OpenSSL inside `cryptography`"
         )
-    modules = (pure, pure_records, pure_rows, pure_arrow, pure_cells, pure_columns, pure_channel)
+    modules = (pure, pure_records, pure_rows, pure_arrow, pure_cells, pure_columns, pure_channel, pure_ids)
     return {name: value for module in modules for name, value in vars(module).items()}
 
 

@@ -144,13 +144,13 @@ def _nonce(iv: memoryview, counter: int) -> bytes:
     return (int.from_bytes(iv, "big") ^ counter).to_bytes(NONCE_BYTES, "big")
 
 
-def seal_keys(channel: Channel, keys: SecretKeys, aad: bytes) -> bytes:
+def seal_keys(channel: Channel, keys: SecretKeys, *aad: bytes) -> bytes:
     """Seal data keys for the channel's other end: counter (8) || ciphertext (32 each) || tag (16).
 
     Args:
         channel: the session; any number of threads may use it at once.
         keys: 1 to 16,384 data keys.
-        aad: what the message is for; the other end must name the same.
+        aad: what the message is for, whose parts are put together; the other end must name the same.
 
     Raises:
         LimitExceeded: this side has sealed 2**32 messages in this session; agree on a new one.
@@ -161,10 +161,11 @@ def seal_keys(channel: Channel, keys: SecretKeys, aad: bytes) -> bytes:
         counter = channel._next()
         head = counter.to_bytes(CHANNEL_COUNTER_BYTES, "big")
         with lent(half[:KEY_BYTES]) as key, lent(data) as plain:
-            return head + AESGCM(key).encrypt(_nonce(half[KEY_BYTES:], counter), plain, aad + head)
+            nonce, bound = _nonce(half[KEY_BYTES:], counter), b"".join((*aad, head))
+            return head + AESGCM(key).encrypt(nonce, plain, bound)
 
 
-def open_keys(channel: Channel, sealed: bytes, aad: bytes) -> SecretKeys:
+def open_keys(channel: Channel, sealed: bytes, *aad: bytes) -> SecretKeys:
     """Open what the channel's other end sealed; the keys come out in secret memory.
 
     A message may be opened more than once, and in any order: what must happen once is for ``aad`` to say.
@@ -184,7 +185,7 @@ def open_keys(channel: Channel, sealed: bytes, aad: bytes) -> SecretKeys:
         try:
             with lent(half[:KEY_BYTES]) as key:
                 nonce = _nonce(half[KEY_BYTES:], counter)
-                plain = AESGCM(key).decrypt(nonce, sealed[CHANNEL_COUNTER_BYTES:], aad + head)
+                plain = AESGCM(key).decrypt(nonce, sealed[CHANNEL_COUNTER_BYTES:], b"".join((*aad, head)))
         except InvalidTag:
             keys.wipe()
             raise DecryptError from None

@@ -7,7 +7,6 @@ a setting of the Core's machine crosses as its class alone. What a peer sends is
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final, TypeVar
@@ -143,17 +142,16 @@ def wrapped_of(kind: int, version: int, wrapped: bytes, ids: bytes) -> WrappedKe
     return WrappedKeys(kind_of(kind), version, wrapped, ids)
 
 
-_BOUND: Final = struct.Struct(">4sB12sII")
+_BOUND: Final = struct.Struct(">4sB12sIII")
 
 
-def wrap_bound(session: bytes, service_id: bytes, kind: int, ids: bytes) -> bytes:
+def wrap_bound(session: bytes, service_id: bytes, kind: int, ids: bytes) -> tuple[bytes, ...]:
     """The associated data of data keys on their way to be wrapped: for which service, kind and ids."""
-    return _BOUND.pack(b"wrap", kind, service_id, 0, len(ids)) + session + hashlib.sha256(ids).digest()
+    return _BOUND.pack(b"wrap", kind, service_id, 0, 0, len(ids)), session, ids
 
 
-def unwrap_bound(session: bytes, nonce: bytes, service_id: bytes, wrapped: WrappedKeys) -> bytes:
+def unwrap_bound(session: bytes, nonce: bytes, service_id: bytes, wrapped: WrappedKeys) -> tuple[bytes, ...]:
     """The associated data of opened data keys on their way back: the answer to this very question."""
-    asked = hashlib.sha256(wrapped.wrapped)
-    asked.update(wrapped.ids)
-    head = _BOUND.pack(b"open", wrapped.kind, service_id, wrapped.version, len(wrapped.ids))
-    return head + session + nonce + asked.digest()
+    sizes = len(wrapped.wrapped), len(wrapped.ids)
+    head = _BOUND.pack(b"open", wrapped.kind, service_id, wrapped.version, *sizes)
+    return head, session, nonce, wrapped.wrapped, wrapped.ids

@@ -156,7 +156,7 @@ class RemoteCore:
                 service=_name(service),
                 kind=kind,
                 ids=ids,
-                sealed_keys=seal_keys(session.channel, keys, bound),
+                sealed_keys=seal_keys(session.channel, keys, *bound),
             )
             data = endpoint.call("WrapKeys", request.SerializeToString(), end)
             reply = wire.parse(pb.WrapKeysReply.FromString, data)
@@ -363,9 +363,9 @@ def _ask_in_session(ask: Ask, endpoint: Endpoint, end: float) -> Any:
     return ask(endpoint, endpoint.session(end), end)
 
 
-def _opened(channel: Any, sealed: bytes, bound: bytes, count: int) -> SecretKeys:
+def _opened(channel: Any, sealed: bytes, bound: tuple[bytes, ...], count: int) -> SecretKeys:
     try:
-        keys = open_keys(channel, sealed, bound)
+        keys = open_keys(channel, sealed, *bound)
     except DecryptError:
         # Not the caller's record: what came is not the Core's answer to this question.
         raise CoreUnavailable(

@@ -185,7 +185,7 @@ class KeyHandlers:
         channel = self._sessions.find(request.session, peer.leaf)
         bound = wire.wrap_bound(request.session, service.service_id, kind, ids)
         with alive(channel):
-            keys = open_keys(channel, request.sealed_keys, bound)
+            keys = open_keys(channel, request.sealed_keys, *bound)
         try:
             wrapped = self.core.wrap_keys(service, keys, kind, ids)
         finally:
@@ -202,7 +202,7 @@ class KeyHandlers:
         try:
             bound = wire.unwrap_bound(request.session, request.nonce, service.service_id, wrapped)
             with alive(channel):
-                sealed = seal_keys(channel, keys, bound)
+                sealed = seal_keys(channel, keys, *bound)
         finally:
             keys.wipe()
         return pb.UnwrapKeysReply(
