@@ -66,10 +66,19 @@ def run(site: Site, replica: Replica, tmp_path: Path) -> Callable[..., None]:
 def stopped(replica: Replica) -> Iterator[None]:
     """The Core takes what is sent, and says nothing."""
     os.kill(replica.pid, signal.SIGSTOP)
+    end = time.monotonic() + SECONDS
+    while not _is_stopped(replica.pid):  # its threads stop one by one, and any of them may still answer
+        assert time.monotonic() < end, "it did not stop"
+        time.sleep(0.001)
     try:
         yield
     finally:
         os.kill(replica.pid, signal.SIGCONT)
+
+
+def _is_stopped(pid: int) -> bool:
+    states = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(state.rpartition(")")[2].split()[0] == "T" for state in states)
 
 
 async def until(condition: Callable[[], object]) -> None:

@@ -16,7 +16,7 @@ from libc.stdint cimport uint8_t, uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
-from .batch cimport ALONE, Batch, Item, bound_size, pin
+from .batch cimport ALONE, Batch, Item, bound_size, new_output, pin
 from .gcm cimport (
     Gcm, gcm_begin, gcm_begin_made, gcm_end, gcm_open, gcm_open_end, gcm_part, gcm_seal, gcm_seal_end, gcm_start,
     okc_is_zero32, okc_wipe, random_public,
@@ -164,7 +164,7 @@ cdef class RecordCipher:
         self.check_size(item.size, ALONE)
         if PyBytes_GET_SIZE(middles) != keys.count * self.middle_size:
             raise invalid_error()("each key needs its own middle part")
-        output = PyBytes_FromStringAndSize(NULL, item.size + self.overhead())
+        output = new_output(item.size + self.overhead())
         item.output = <uint8_t *>PyBytes_AS_STRING(output)
         item.context = <const uint8_t *>PyBytes_AS_STRING(context)
         item.context_size = bound_size(context)
@@ -289,7 +289,7 @@ cdef class RecordCipher:
         pin(blob, &item.data, &item.size, held, ALONE)
         if item.size < self.overhead() or item.size - self.overhead() > MAX_RECORD:
             return None
-        output = PyBytes_FromStringAndSize(NULL, item.size - self.overhead())
+        output = new_output(item.size - self.overhead())
         item.output = <uint8_t *>PyBytes_AS_STRING(output)
         item.context = <const uint8_t *>PyBytes_AS_STRING(context)
         item.context_size = bound_size(context)

@@ -4,6 +4,13 @@ from libc.stdint cimport uint8_t, uint32_t
 cdef enum:
     ALONE = -1                      # the place of a record that is no part of a batch
 
+cdef extern from "pages.h" nogil:
+    ctypedef struct okc_span:
+        pass
+    void okc_enlarge(size_t low, size_t high, int now)
+    void okc_span_add(okc_span *span, const void *start, size_t size)
+    void okc_span_end(okc_span *span)
+
 cdef struct Item:
     const uint8_t *data
     Py_ssize_t size
@@ -14,6 +21,7 @@ cdef struct Item:
 
 cdef int pin(object thing, const uint8_t **data, Py_ssize_t *size, list held, Py_ssize_t index) except -1
 cdef int bound_size(bytes aad) except -1
+cdef bytes new_output(Py_ssize_t size)
 
 cdef class Batch:
     cdef Item *items
@@ -31,3 +39,4 @@ cdef class Batch:
     cdef int sort_by_key(self, Py_ssize_t keys) except -1
     cdef bint parallel(self) noexcept
     cdef list allocate(self, Py_ssize_t more)
+    cdef void enlarge(self, Py_ssize_t more) noexcept nogil

@@ -12,6 +12,7 @@ from cpython.memoryview cimport PyMemoryView_GET_BUFFER
 from cpython.ref cimport Py_INCREF
 from libc.stdint cimport uint8_t, uint32_t
 from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memset
 
 from .secret cimport invalid_error, limit_error
 
@@ -22,6 +23,7 @@ cdef enum:
     POOLED = 512                    # larger objects do not come from an arena
     BYTES_HEAD = 48
     ANCHORS = 8                     # at most 8 MiB kept
+    LARGE = 4194304                 # from here on a result surely holds a large page
     MAX_SORTED = 2147483647
     MAX_BOUND = 1073741824          # associated data; with what is put before it, its size still fits an int
 
@@ -168,7 +170,29 @@ cdef class Batch:
             self.items[at].output = <uint8_t *>PyBytes_AS_STRING(output)
             Py_INCREF(output)
             PyList_SET_ITEM(outputs, at, output)
+        if self.total >= LARGE:
+            with nogil:
+                self.enlarge(more)
         return outputs
+
+    cdef void enlarge(self, Py_ssize_t more) noexcept nogil:
+        """Have large outputs that lie side by side in large pages."""
+        cdef okc_span span
+        cdef Py_ssize_t at
+        memset(&span, 0, sizeof(span))
+        for at in range(self.count):
+            okc_span_add(&span, self.items[at].output, <size_t>(self.items[at].size + more))
+        okc_span_end(&span)
+
+
+cdef bytes new_output(Py_ssize_t size):
+    """A bytes object for one result, of any size."""
+    cdef bytes output = PyBytes_FromStringAndSize(NULL, size)
+    cdef size_t start
+    if size >= LARGE:
+        start = <size_t>PyBytes_AS_STRING(output)
+        okc_enlarge(start, start + <size_t>size, False)
+    return output
 
 
 cdef list anchors = []

@@ -7,11 +7,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-
-#define OKC_LARGE_PAGE ((size_t)2 << 20)
 
 static inline uint64_t okc_read64(const uint8_t *data)
 {
@@ -122,20 +118,5 @@ OKC_LAY(okc_lay32_32, int32_t, int32_t)
 OKC_LAY(okc_lay32_64, int32_t, int64_t)
 OKC_LAY(okc_lay64_32, int64_t, int32_t)
 OKC_LAY(okc_lay64_64, int64_t, int64_t)
-
-/* Memory for results; for large ones in large pages where the system has them to give: faulting in a result page by
- * page costs a tenth of what the cipher does. */
-static inline void *okc_take(size_t size)
-{
-    void *memory = NULL;
-    if (size < 2 * OKC_LARGE_PAGE)
-        return malloc(size ? size : 1);
-    if (posix_memalign(&memory, OKC_LARGE_PAGE, size) != 0)
-        return NULL;
-#ifdef MADV_HUGEPAGE
-    (void)madvise(memory, size, MADV_HUGEPAGE);
-#endif
-    return memory;
-}
 
 #endif

@@ -12,7 +12,7 @@ cdef extern from "column.h" nogil:
     int64_t okc_lay64_32(const int64_t *offsets, int64_t count, int64_t size, int64_t more, int64_t place, int32_t *ends)
     int64_t okc_lay64_64(const int64_t *offsets, int64_t count, int64_t size, int64_t more, int64_t place, int64_t *ends)
 
-cdef extern from "spare.h" nogil:
+cdef extern from "pages.h" nogil:
     void *okc_take(size_t size)
     void *okc_take_again(size_t size, size_t *room)
     void okc_give_again(void *block, size_t room)
