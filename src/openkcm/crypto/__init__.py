@@ -25,6 +25,7 @@ from ..errors import (
     LimitExceeded,
     SecretMemoryError,
 )
+from ..heap import keep_freed_memory
 from .parts import CODES, FIXED, NOTHING, OFFSETS, VIEWS, Part
 
 if TYPE_CHECKING:
@@ -200,6 +201,7 @@ if _software_aes() and os.environ.get("OPENKCM_ALLOW_SOFTWARE_AES") != "1":
         "this processor has no AES instructions; OPENKCM_ALLOW_SOFTWARE_AES=1 accepts AES in software"
     )
 
+keep_freed_memory()
 _backend, _reason, _names = _load()
 globals().update((name, _names[name]) for name in (*__all__, *_PRIVATE) if name not in _COMMON)
 
