@@ -79,6 +79,15 @@ class EvpKeyEach(_Loop):
     threads = (1, 2)
 
 
+class EvpLong(EvpKeyEach):
+    """As many records as a long column has rows."""
+
+    title = "C loop, EVP, 100,000 records, a data key each"
+    most = 100_000
+    most_bytes = 100_000 * HEADLINE
+    sizes = (HEADLINE,)
+
+
 class EvpOneKey(EvpKeyEach):
     """One data key."""
 
@@ -101,6 +110,13 @@ class IpsecMbKeyEach(EvpKeyEach):
     """On intel-ipsec-mb."""
 
     title = "C loop, intel-ipsec-mb, a data key each"
+    library = "ipsec_mb"
+
+
+class IpsecMbLong(EvpLong):
+    """As many records as a long column has rows."""
+
+    title = "C loop, intel-ipsec-mb, 100,000 records, a data key each"
     library = "ipsec_mb"
 
 

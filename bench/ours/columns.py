@@ -38,6 +38,15 @@ class KeyEach(OpenKCM):
         return found
 
 
+class LongKeyEach(KeyEach):
+    """As many rows as a column has: 10,000 make 20 runs, which two threads share out but coarsely."""
+
+    title = "OpenKCM columns of 100,000 rows, a data key each"
+    most = 100_000
+    most_bytes = 100_000 * HEADLINE
+    sizes = (HEADLINE,)
+
+
 class OneKey(KeyEach):
     """One data key for all rows."""
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Generator
-from typing import Any, Final, TypeVar
+from collections.abc import Generator, Mapping
+from types import MappingProxyType
+from typing import Any, Final, TypeAlias, TypeVar
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
@@ -47,7 +48,6 @@ _NETWORK: Final = {
     "keepalives_interval": "1",
     "keepalives_count": "4",
     "tcp_user_timeout": "6000",
-    "application_name": "openkcm",
 }
 
 # One round trip. What a server does not know at all it does not have to be told: 'off' and 'local' are the two
@@ -73,7 +73,7 @@ _ADVICE: Final = {
     "53": ("the database has no connection or memory to spare; try again, or raise its limits", True),
     "58": ("the database's disk failed; nothing was changed, check it and try again", True),
     "28": ("the database refuses this user or its password; correct them in the URL", False),
-    "3D000": ("there is no database of that name; make it, or correct the URL", False),
+    "3D000": ("there is no database of that name, or no such user; make it, or correct the URL", False),
     "42501": ("this user may not do that in the database; GRANT it what 'openkcm init' needs", False),
     "42P01": ("the database has no vault's tables, or not all; make the vault with 'openkcm init'", False),
     "3F000": ("the database has no schema to make tables in; see its search_path", False),
@@ -81,6 +81,9 @@ _ADVICE: Final = {
 }
 _LOST: Final = ("the database does not answer; check that it runs and can be reached, and try again", True)
 _ODD: Final = ("the database does not answer as it should", True)
+
+Advice: TypeAlias = "Mapping[str, tuple[str, bool]]"
+"""By SQLSTATE, its class, or nothing for what the driver could not read: what to do, and whether to try again."""
 # A server that refuses a connection gives no code to the client, only text.
 _REFUSALS: Final = (
     (("authentication failed", "no password supplied", "pg_hba.conf", "role "), _ADVICE["28"]),
@@ -94,21 +97,29 @@ _REFUSALS: Final = (
 )
 
 
-def store_error(error: BaseException, what: str) -> StoreUnavailable:
-    """Translate a database failure into one error that says what to do; ``what`` names the database."""
-    advice, retryable = _advice(getattr(error, "orig", error))
+def store_error(error: BaseException, what: str, special: Advice = MappingProxyType({})) -> StoreUnavailable:
+    """Translate a database failure into one error that says what to do.
+
+    Args:
+        error: the driver's, or SQLAlchemy's around it. No word of it is passed on.
+        what: names the database.
+        special: advice that goes before the common one.
+    """
+    advice, retryable = _advice(getattr(error, "orig", error), special)
     return StoreUnavailable(f"{what}: {advice}", retryable=retryable)
 
 
-def _advice(error: object) -> tuple[str, bool]:
+def _advice(error: object, special: Advice = MappingProxyType({})) -> tuple[str, bool]:
     state = getattr(error, "sqlstate", None)
     if state is not None:
-        return _ADVICE.get(state) or _ADVICE.get(state[:3]) or _ADVICE.get(state[:2]) or _ODD
+        keys = (state, state[:3], state[:2])
+        found = next((table[key] for table in (special, _ADVICE) for key in keys if key in table), None)
+        return found or (f"the database failed with SQLSTATE {state}; see its log", True)
     if isinstance(error, psycopg.OperationalError):
         text = str(error)  # looked into, never passed on
-        found = (advice for words, advice in _REFUSALS if any(word in text for word in words))
-        return next(found, _LOST)
-    return _ODD
+        refused = (advice for words, advice in _REFUSALS if any(word in text for word in words))
+        return next(refused, _LOST)
+    return special.get("", _ODD)
 
 
 def is_conflict(error: BaseException) -> bool:
@@ -125,27 +136,31 @@ class Address:
     """Where a database is and how to log in, as libpq's URL says it; prints without the password.
 
     ``place`` names it for people. ``listen`` is our own parameter of the URL, ``listen=off``: whether the database
-    can tell what other processes do (LISTEN), which some that speak PostgreSQL's protocol cannot.
+    can tell what other processes do (LISTEN), which some that speak PostgreSQL's protocol cannot. The server knows us
+    as ``application``.
 
     Raises:
         InvalidInput: the URL is not one of a PostgreSQL database.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, application: str = "openkcm") -> None:
         for scheme in SCHEMES:
             if url.startswith(scheme):
                 url = f"postgresql://{url.removeprefix(scheme)}"
         self.listen, url = _take_listen(url)
-        try:
-            parsed = conninfo_to_dict(url)
-        except psycopg.Error:
+        parsed = _parse(url)
+        if parsed is None:  # outside the driver's error, whose message has the URL in it
             raise InvalidInput(
                 "not a URL of a PostgreSQL database, as postgresql://USER:PASSWORD@HOST:PORT/DATABASE; percent-encode "
                 "what is special in the password, and see libpq's documentation for its parameters"
-            ) from None
+            )
         if not parsed.get("dbname"):
             raise InvalidInput("name the database: postgresql://USER@HOST:PORT/DATABASE")
-        self._parameters = _Hidden(_NETWORK | {name: str(value) for name, value in parsed.items()})
+        self._parameters = _Hidden(
+            _NETWORK
+            | {"application_name": application}
+            | {name: str(value) for name, value in parsed.items()}
+        )
         user, port = parsed.get("user"), parsed.get("port")
         self.place = (
             f"postgresql://{f'{user}@' if user else ''}{parsed.get('host', '')}{f':{port}' if port else ''}"
@@ -196,6 +211,13 @@ class _Hidden:
         return make_conninfo("", **self._parameters)
 
 
+def _parse(url: str) -> dict[str, Any] | None:
+    try:
+        return conninfo_to_dict(url)
+    except psycopg.Error:
+        return None
+
+
 def _take_listen(url: str) -> tuple[bool, str]:
     base, mark, query = url.partition("?")
     kept = [each for each in query.split("&") if not each.startswith("listen=")]
@@ -203,6 +225,10 @@ def _take_listen(url: str) -> tuple[bool, str]:
     if not set(listen) <= {"on", "off"} or len(listen) > 1:
         raise InvalidInput("listen is on or off")
     return listen != ["off"], f"{base}{mark if any(kept) else ''}{'&'.join(kept)}"
+
+
+class Silent(psycopg.OperationalError):
+    """The server did not answer in time."""
 
 
 class BoundedConnection(psycopg.Connection[tuple[Any, ...]]):
@@ -225,7 +251,7 @@ class BoundedConnection(psycopg.Connection[tuple[Any, ...]]):
                     heard = now
                 elif now - heard > self.patience:
                     self.pgconn.finish()
-                    raise psycopg.OperationalError("the server is silent")
+                    raise Silent("the server is silent")
                 ready = yield gen.send(ready)
         except StopIteration as done:
             return done.value  # type: ignore[no-any-return]

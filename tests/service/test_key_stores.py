@@ -36,8 +36,9 @@ from key_store_support import (
     subjects,
     valkey_place,
 )
+from openkcm import postgres
 from openkcm.errors import KeyDestroyed, StoreUnavailable
-from openkcm.gateway import postgres_pool, valkey_client
+from openkcm.gateway import valkey_client
 from openkcm.gateway.keystore import KeyStore
 from openkcm.limits import MAX_KEYS_PER_CALL
 from openkcm.testing.tcp_proxy import TcpProxy
@@ -399,9 +400,9 @@ def test_a_server_that_does_not_answer_is_not_waited_for(
     remote: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert remote.server is not None
-    for module in (postgres_pool, valkey_client):
-        monkeypatch.setattr(module, "ANSWER_SECONDS", 0.3)
-        monkeypatch.setattr(module, "CONNECT_SECONDS", 2)
+    monkeypatch.setattr(postgres, "SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr(valkey_client, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(valkey_client, "CONNECT_SECONDS", 2)
     keys = make_keys(3)
     with TcpProxy(("127.0.0.1", remote.server.port)) as proxy, opened(remote.port(proxy.port)) as store:
         store.add(SERVICE, keys)
@@ -468,7 +469,6 @@ def test_passwords_are_not_told(
     remote: Place, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    monkeypatch.setattr(postgres_pool, "CONNECT_SECONDS", 2)
     told: list[str] = []
 
     def tell(url: str, retryable: bool) -> None:

@@ -68,7 +68,7 @@ def test_a_database_that_is_not_there(postgres_server: PostgresServer) -> None:
     url = postgres_server.url("postgres").replace("/postgres", "/nowhere")
     error = refused(lambda: open_key_store(url), StoreUnavailable)
     assert not error.retryable
-    assert "no such database" in str(error)
+    assert "no database of that name" in str(error)
 
 
 def test_a_right_that_is_missing(postgres_server: PostgresServer, database: str, place: str) -> None:
@@ -139,7 +139,7 @@ def test_a_later_format_is_not_touched(
 
 
 def test_a_lock_is_not_waited_for_without_end(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(postgres_pool, "_SESSION", "SET lock_timeout = 200")
+    monkeypatch.setattr("openkcm.postgres._SETTINGS", "SELECT set_config('lock_timeout', '200', false)")
     keys = make_keys(2)
     with opened(place) as store, psycopg.connect(place) as blocker:
         store.add(SERVICE, keys)
@@ -152,7 +152,7 @@ def test_a_lock_is_not_waited_for_without_end(place: str, monkeypatch: pytest.Mo
 
 
 def test_a_statement_is_not_waited_for_without_end(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(postgres_pool, "_SESSION", "SET statement_timeout = 200")
+    monkeypatch.setattr("openkcm.postgres._SETTINGS", "SELECT set_config('statement_timeout', '200', false)")
     with opened(place) as store, psycopg.connect(place) as blocker:
         blocker.execute("LOCK TABLE openkcm_data_keys")
         error = refused(lambda: store.count(SERVICE), StoreUnavailable)
@@ -326,9 +326,9 @@ def test_tls_is_verified_to_the_host(tmp_path: Path) -> None:
 
 
 def test_a_code_that_is_not_known_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    error = psycopg.errors.lookup("XX000")("what the server says")
+    error = psycopg.errors.lookup("54001")("what the server says")
     told = postgres_pool.store_error(error)
-    assert "XX000" in str(told)
+    assert "54001" in str(told)
     assert "what the server says" not in str(told)
 
 

@@ -22,6 +22,8 @@ cdef extern from "unistd.h" nogil:
 
 cdef enum:
     NONCES = 340                    # record nonces drawn at a time for single calls
+    DRAWN = 65536                   # bytes asked of OpenSSL at a time
+    HELD_WHILE = 16384              # so few bytes are drawn sooner than the GIL is had again from another thread
 
 cdef uint8_t[NONCES * NONCE] nonces
 cdef int nonces_left = 0
@@ -212,15 +214,24 @@ cdef int expand(WrappingKey key, uint8_t *data) except -1:
 
 # ---- making keys ---------------------------------------------------------------------------------------
 
-cdef int random_fill(uint8_t *target, size_t size, bint private) except -1:
+cdef int random_into(uint8_t *target, size_t size, bint private) noexcept nogil:
     cdef int status = 1
     cdef size_t at = 0
     cdef int part
-    with nogil:
-        while at < size and status == 1:
-            part = <int>(size - at if size - at < 65536 else <size_t>65536)
-            status = random_private(target + at, part) if private else random_public(target + at, part)
-            at += <size_t>part
+    while at < size and status == 1:
+        part = <int>(size - at if size - at < DRAWN else <size_t>DRAWN)
+        status = random_private(target + at, part) if private else random_public(target + at, part)
+        at += <size_t>part
+    return status
+
+
+cdef int random_fill(uint8_t *target, size_t size, bint private) except -1:
+    cdef int status
+    if size <= HELD_WHILE:
+        status = random_into(target, size, private)
+    else:
+        with nogil:
+            status = random_into(target, size, private)
     if status != 1:
         raise internal_error()("OpenSSL's random generator failed")
     return 0

@@ -23,6 +23,7 @@ from ..crypto import random_bytes
 from ..errors import StoreUnavailable
 from ..keys import Service
 from ..limits import SERVICE_ID_BYTES
+from ..postgres import Silent
 from .keystore import (
     DAMAGED,
     OVERTAKEN,
@@ -37,7 +38,7 @@ from .keystore import (
     checked,
     parts,
 )
-from .postgres_pool import Pool, Silent, store_error
+from .postgres_pool import Pool, store_error
 
 T = TypeVar("T")
 
