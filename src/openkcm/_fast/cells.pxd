@@ -27,6 +27,7 @@ cdef struct Piece:
     const uint8_t *places           # offsets, views or codes
     const uint8_t *data
     Py_ssize_t size                 # of the data; UNKNOWN where only a pointer came
+    Py_ssize_t reach                # where the last byte of the data lies that a row has
     const uint8_t **buffers         # a view's data
     Py_ssize_t *sizes
     Py_ssize_t buffer_count
@@ -43,8 +44,8 @@ cdef class Cells:
     cdef int fill(self, Piece *piece, part) except -1
     cdef Py_ssize_t pin(self, source, const uint8_t **data, Py_ssize_t needed, Py_ssize_t align) except -2
     cdef int check(self) except -1
-    cdef bint measure(self, const Piece *piece) noexcept nogil
-    cdef Py_ssize_t look(self, const Piece *piece) noexcept nogil
+    cdef bint measure(self, Piece *piece) noexcept nogil
+    cdef Py_ssize_t look(self, Piece *piece) noexcept nogil
     cdef object malformed(self, index)
 
 

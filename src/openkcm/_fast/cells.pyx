@@ -71,6 +71,9 @@ cdef class Cells:
         end = piece.start + piece.count
         if piece.count == 0:
             piece.layout = NOTHING
+        if ((piece.layout == OFFSETS and piece.width not in (4, 8))
+                or (piece.layout == CODES and piece.width not in (1, 2, 4, 8))):
+            raise invalid_error()(f"offsets of the {self.name} have 4 or 8 bytes, and codes 1, 2, 4 or 8")
         if part.validity is not None and piece.count:
             self.pin(part.validity, &piece.validity, (end + 7) >> 3, 1)
         if piece.layout == OFFSETS:
@@ -133,7 +136,7 @@ cdef class Cells:
             raise self.malformed(at)
         return 0
 
-    cdef bint measure(self, const Piece *piece) noexcept nogil:
+    cdef bint measure(self, Piece *piece) noexcept nogil:
         """Whether a piece is plain and well, and was counted in one go."""
         cdef int64_t longest = 0, total
         if not piece_is_plain(piece):
@@ -144,13 +147,15 @@ cdef class Cells:
             total = okc_measure64(<const int64_t *>piece.places + piece.start, piece.count, piece.size, &longest)
         if total < 0:
             return False
+        piece.reach = offset_of(piece, piece.start + piece.count)
         self.total += total
         self.longest = longest if longest > self.longest else self.longest
         return True
 
-    cdef Py_ssize_t look(self, const Piece *piece) noexcept nogil:
+    cdef Py_ssize_t look(self, Piece *piece) noexcept nogil:
         """Count a piece row by row; the first that is malformed, or -1."""
         cdef const uint8_t *data = NULL
+        cdef Piece *owner = piece.values if piece.layout == CODES else piece
         cdef Py_ssize_t at, size = 0
         cdef int status
         for at in range(piece.count):
@@ -162,6 +167,8 @@ cdef class Cells:
             else:
                 self.total += size
                 self.longest = size if size > self.longest else self.longest
+                if owner.layout == OFFSETS and data + size > owner.data + owner.reach:
+                    owner.reach = data + size - owner.data
         return -1
 
     cdef object malformed(self, index):
@@ -237,8 +244,6 @@ cdef class Cells:
 
 cdef bint piece_overlaps(const Piece *piece, const uint8_t *begin, const uint8_t *end) noexcept:
     cdef Py_ssize_t at, last = piece.start + piece.count
-    cdef const uint8_t *data = NULL
-    cdef Py_ssize_t size = 0
     cdef Py_ssize_t width = VIEW if piece.layout == VIEWS else piece.width
     if piece.count == 0 or piece.layout == NOTHING:
         return False
@@ -254,11 +259,15 @@ cdef bint piece_overlaps(const Piece *piece, const uint8_t *begin, const uint8_t
     if piece.layout == FIXED:
         return piece.data < end and begin < piece.data + last * piece.width
     if piece.layout == OFFSETS:
-        # Offsets only grow, which was checked: the last one is where the data ends.
-        size = ((<const int32_t *>piece.places)[last] if piece.width == 4
-                else <Py_ssize_t>(<const int64_t *>piece.places)[last])
-        return piece.data < end and begin < piece.data + size
+        # Not what the last offset says: that of a null says anything.
+        return piece.data < end and begin < piece.data + (piece.size if piece.size >= 0 else piece.reach)
     return False
+
+
+cdef inline Py_ssize_t offset_of(const Piece *piece, Py_ssize_t at) noexcept nogil:
+    if piece.width == 4:
+        return (<const int32_t *>piece.places)[at]
+    return <Py_ssize_t>(<const int64_t *>piece.places)[at]
 
 
 cdef void give_back(Piece *piece) noexcept:

@@ -119,4 +119,35 @@ OKC_LAY(okc_lay32_64, int32_t, int64_t)
 OKC_LAY(okc_lay64_32, int64_t, int32_t)
 OKC_LAY(okc_lay64_64, int64_t, int64_t)
 
+/* ---- a bit a row; threads clear the bits of rows of their own, which may share a word ------------------------- */
+
+static inline void okc_clear_word(uint64_t *word, uint64_t bits)
+{
+    (void)__atomic_fetch_and(word, ~bits, __ATOMIC_RELAXED);
+}
+
+static inline void okc_clear_bit(uint64_t *words, int64_t at)
+{
+    okc_clear_word(words + (at >> 6), (uint64_t)1 << (at & 63));
+}
+
+static inline void okc_clear_bits(uint64_t *words, int64_t start, int64_t stop)
+{
+    while (start < stop) {
+        const int64_t next = (start | 63) + 1 < stop ? (start | 63) + 1 : stop;
+        const uint64_t bits = next - start == 64 ? ~(uint64_t)0 : (((uint64_t)1 << (next - start)) - 1) << (start & 63);
+        okc_clear_word(words + (start >> 6), bits);
+        start = next;
+    }
+}
+
+/* The first bit that is set, or -1. */
+static inline int64_t okc_first_bit(const uint64_t *words, int64_t count)
+{
+    for (int64_t at = 0; at < count; at += 64)
+        if (words[at >> 6])
+            return at + __builtin_ctzll(words[at >> 6]);
+    return -1;
+}
+
 #endif

@@ -8,7 +8,7 @@ here. A call works on a run of rows, on its own cipher context; calls on other r
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t, uint32_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset
 
 from .aead cimport BROKEN, DONE, REFUSED, SMALL, RecordCipher
@@ -24,11 +24,12 @@ from .table cimport Table
 
 cdef enum:
     ABSENT = 1
+    FIRST_REFUSED = 64
 
 
 cdef int check_call(Cells cells, Places places, Py_ssize_t start, Py_ssize_t stop) except -1:
     places.check_range(cells.count, start, stop)
-    if places.target == NULL and places.total:
+    if (places.target == NULL and places.total) or places.unfilled is None:
         raise internal_error()("the result has no memory yet")
     return 0
 
@@ -89,10 +90,12 @@ cdef Py_ssize_t seal_range(RecordCipher cipher, Run *run, Places places, Py_ssiz
             status = CHANGED
         if status == FOUND:
             status = seal_row(cipher, &context, run, key, version, middles)
-        elif status == MISSING:
+        elif status == MISSING and places.begin(at + 1) == places.begin(at):
             at += 1
             status = DONE
             continue
+        elif status == MISSING:
+            status = CHANGED            # it was no null when it was laid out
         if status != DONE:
             break
         used += 1
@@ -107,7 +110,10 @@ cdef Py_ssize_t seal_range(RecordCipher cipher, Run *run, Places places, Py_ssiz
             status = BROKEN
             break
     gcm_end(&context)
-    return used if status == DONE else status
+    if status != DONE:
+        return status
+    places.filled_run(start, stop)
+    return used
 
 
 # ---- rows that share keys --------------------------------------------------------------------------------
@@ -183,12 +189,34 @@ cdef int seal_block(RecordCipher cipher, Gcm *context, Run *run, Places places, 
                 return CHANGED if status == MISSING else status
             if seal_row(cipher, context, run, key, 0, middle) != DONE:
                 return BROKEN
+            places.filled(block.rows[at])
             key = NULL
             at = block.nexts[at]
     return DONE
 
 
 # ---- opening -------------------------------------------------------------------------------------------
+
+cdef struct Refused:
+    # Pairs of a row that did not verify and -1, or of one whose key is not there and the key's number.
+    Py_ssize_t *rows
+    Py_ssize_t count, room
+
+
+cdef int refuse(Refused *refused, Py_ssize_t row, Py_ssize_t number) noexcept nogil:
+    """Note a row; DONE, or BROKEN when memory is short."""
+    cdef Py_ssize_t room = 2 * refused.room if refused.room else FIRST_REFUSED
+    cdef Py_ssize_t *rows
+    if refused.count == refused.room:
+        rows = <Py_ssize_t *>realloc(refused.rows, <size_t>room * 2 * sizeof(Py_ssize_t))
+        if rows == NULL:
+            return BROKEN
+        refused.rows, refused.room = rows, room
+    refused.rows[2 * refused.count] = row
+    refused.rows[2 * refused.count + 1] = number
+    refused.count += 1
+    return DONE
+
 
 def gather_rows(RecordCipher cipher not None, Cells cells not None, Py_ssize_t start, Py_ssize_t stop, uint32_t after,
                 Py_ssize_t most):
@@ -258,28 +286,26 @@ def open_rows(RecordCipher cipher not None, Cells cells not None, contexts, Plac
     cdef Run run
     cdef Held held
     cdef const uint8_t *missing = without
-    cdef Py_ssize_t status, count = 0
-    cdef Py_ssize_t *refused
+    cdef Py_ssize_t status, at
+    cdef Refused refused
     check_call(cells, places, start, stop)
     if len(without) != 0 and len(without) != keys.count:
         raise invalid_error()("there must be one mark for each key")
     run_start(&run, cells, contexts, stop - start)
-    refused = <Py_ssize_t *>malloc(<size_t>(stop - start + 1) * 2 * sizeof(Py_ssize_t))
-    if refused == NULL:
-        raise MemoryError()
+    memset(&refused, 0, sizeof(refused))
     try:
         held.keys[0] = keys.enter()
         held.first, held.count, held.stride = 0, keys.count, keys.count
         if len(without) == 0:
             missing = NULL
         with nogil:
-            status = open_range(cipher, &run, places, start, stop, version, &held, missing, refused, &count)
+            status = open_range(cipher, &run, places, start, stop, version, &held, missing, &refused)
             run_end(&run)
         keys.leave()
         settle(status, cells)
-        return [(refused[2 * at], refused[2 * at + 1]) for at in range(count)]
+        return [(refused.rows[2 * at], refused.rows[2 * at + 1]) for at in range(refused.count)]
     finally:
-        free(refused)
+        free(refused.rows)
 
 
 cdef inline int open_row(RecordCipher cipher, Gcm *context, Run *run, Places places, Py_ssize_t at,
@@ -298,12 +324,12 @@ cdef inline int open_row(RecordCipher cipher, Gcm *context, Run *run, Places pla
 
 
 cdef int open_range(RecordCipher cipher, Run *run, Places places, Py_ssize_t start, Py_ssize_t stop, uint32_t version,
-                    const Held *held, const uint8_t *missing, Py_ssize_t *refused, Py_ssize_t *count) noexcept nogil:
+                    const Held *held, const uint8_t *missing, Refused *refused) noexcept nogil:
     cdef Gcm context
     cdef uint8_t scratch[SMALL + COMMITMENT]
     cdef const uint8_t *last = NULL
     cdef const uint8_t *key
-    cdef Py_ssize_t at = start, number = -1, keyed = -1
+    cdef Py_ssize_t at = start, number = -1, keyed = -1, done, first = start, noted = start
     cdef bint few = 2 * held.count <= stop - start
     cdef int status = DONE
     if gcm_begin(&context, False, not few) != DONE:
@@ -336,13 +362,20 @@ cdef int open_range(RecordCipher cipher, Run *run, Places places, Py_ssize_t sta
             keyed = number
         if status < 0:
             break
+        done = at - 1
         if status == REFUSED:
-            refused[2 * count[0]] = at - 1
-            refused[2 * count[0] + 1] = number if missing != NULL and missing[number] else -1
-            count[0] += 1
-            status = DONE
+            status = refuse(refused, done, number if missing != NULL and missing[number] else -1)
+            if status != DONE:
+                break
         elif few:
             at = open_plain(cipher, &context, run, places, at, stop, last, scratch)
+        # Rows that follow each other are noted together.
+        if done != noted:
+            places.filled_run(first, noted)
+            first = done
+        noted = at
+    if status == DONE:
+        places.filled_run(first, noted)
     gcm_end(&context)
     OPENSSL_cleanse(scratch, SMALL + COMMITMENT)
     return status
@@ -359,31 +392,29 @@ def open_named(RecordCipher cipher not None, Cells cells not None, contexts, Pla
     cdef Run run
     cdef Held held
     cdef const uint8_t *missing = without
-    cdef Py_ssize_t status, count = 0
-    cdef Py_ssize_t *refused
+    cdef Py_ssize_t status, at
+    cdef Refused refused
     check_call(cells, places, start, stop)
     if len(without) != 0 and len(without) != ring.count:
         raise invalid_error()("there must be one mark for each key")
     run_start(&run, cells, contexts, stop - start)
-    refused = <Py_ssize_t *>malloc(<size_t>(stop - start + 1) * 2 * sizeof(Py_ssize_t))
-    if refused == NULL:
-        raise MemoryError()
+    memset(&refused, 0, sizeof(refused))
     try:
         ring.enter(&held, cipher.middle_size)
         if len(without) == 0:
             missing = NULL
         with nogil:
-            status = open_blocks(cipher, &run, places, start, stop, table, &held, missing, refused, &count)
+            status = open_blocks(cipher, &run, places, start, stop, table, &held, missing, &refused)
             run_end(&run)
         ring.leave(len(ring.handles))
         settle(status, cells)
-        return [(refused[2 * at], refused[2 * at + 1]) for at in range(count)]
+        return [(refused.rows[2 * at], refused.rows[2 * at + 1]) for at in range(refused.count)]
     finally:
-        free(refused)
+        free(refused.rows)
 
 
 cdef int open_blocks(RecordCipher cipher, Run *run, Places places, Py_ssize_t start, Py_ssize_t stop, Table table,
-                     const Held *held, const uint8_t *missing, Py_ssize_t *refused, Py_ssize_t *count) noexcept nogil:
+                     const Held *held, const uint8_t *missing, Refused *refused) noexcept nogil:
     cdef Gcm context
     cdef Block block
     cdef uint8_t scratch[SMALL + COMMITMENT]
@@ -404,15 +435,16 @@ cdef int open_blocks(RecordCipher cipher, Run *run, Places places, Py_ssize_t st
             number -= held.first
             if 0 <= number < held.count:
                 if missing != NULL and missing[number] == ABSENT:
-                    refused[2 * count[0]] = at
-                    refused[2 * count[0] + 1] = number + held.first
-                    count[0] += 1
+                    if refuse(refused, at, number + held.first) != DONE:
+                        status = BROKEN
+                        break
+                    places.filled(at)
                 elif missing == NULL or not missing[number]:
                     block.rows[block.count] = at
                     block.keys[block.count] = <uint32_t>number
                     block.count += 1
         if block.count == BLOCK or (at == stop - 1 and block.count):
-            status = open_block(cipher, &context, run, places, &block, held, scratch, refused, count)
+            status = open_block(cipher, &context, run, places, &block, held, scratch, refused)
             block.count = 0
             if status != DONE:
                 break
@@ -422,7 +454,7 @@ cdef int open_blocks(RecordCipher cipher, Run *run, Places places, Py_ssize_t st
 
 
 cdef int open_block(RecordCipher cipher, Gcm *context, Run *run, Places places, Block *block,
-                    const Held *held, uint8_t *scratch, Py_ssize_t *refused, Py_ssize_t *count) noexcept nogil:
+                    const Held *held, uint8_t *scratch, Refused *refused) noexcept nogil:
     cdef const uint8_t *key
     cdef const uint8_t *middle
     cdef Py_ssize_t handle, position
@@ -439,12 +471,9 @@ cdef int open_block(RecordCipher cipher, Gcm *context, Run *run, Places places, 
             if status != FOUND or not cipher.takes(run.item.data, run.item.size):
                 return BROKEN if status == BROKEN else CHANGED
             status = open_row(cipher, context, run, places, block.rows[at], key, middle, scratch)
-            if status < 0:
-                return status
-            if status == REFUSED:
-                refused[2 * count[0]] = block.rows[at]
-                refused[2 * count[0] + 1] = -1
-                count[0] += 1
+            if status < 0 or (status == REFUSED and refuse(refused, block.rows[at], -1) != DONE):
+                return status if status < 0 else BROKEN
+            places.filled(block.rows[at])
             key = NULL
             at = block.nexts[at]
     return DONE

@@ -22,8 +22,15 @@ cdef class Memory:
     cdef Py_ssize_t size
     cdef size_t room                # what lies there, where it is to be used again; or 0
 
+cdef extern from "column.h" nogil:
+    void okc_clear_bit(uint64_t *words, int64_t at)
+    void okc_clear_bits(uint64_t *words, int64_t start, int64_t stop)
+    int64_t okc_first_bit(const uint64_t *words, int64_t count)
+
 cdef class Places:
     cdef readonly Py_ssize_t count, total, nulls
+    cdef Py_ssize_t most            # the total that the width was chosen for
+    cdef Memory unfilled            # a bit for each row whose place is yet to be filled
     cdef readonly int width
     cdef readonly Memory offsets, validity
     cdef readonly object data
@@ -40,6 +47,14 @@ cdef class Places:
         else:
             (<int64_t *>self.offsets.data)[at] = place
 
+    cdef inline void filled(self, Py_ssize_t at) noexcept nogil:
+        """A row is done with: by any thread."""
+        okc_clear_bit(<uint64_t *>self.unfilled.data, at)
+
+    cdef inline void filled_run(self, Py_ssize_t start, Py_ssize_t stop) noexcept nogil:
+        okc_clear_bits(<uint64_t *>self.unfilled.data, start, stop)
+
+    cdef int check_total(self) except -1
     cdef Py_ssize_t lay_plain(self, const Piece *piece, Py_ssize_t start, Py_ssize_t place, Py_ssize_t more) noexcept nogil
     cdef Py_ssize_t lay_run(self, Cells cells, RecordCipher first, RecordCipher second, Py_ssize_t start,
                             Py_ssize_t *counts) noexcept nogil

@@ -3,18 +3,19 @@
 """Where the rows of a result go: offsets first, then one run of data that every row fills in its place.
 
 Invariant: the offsets are our own and are never read from a caller's buffer, so that no row is written out of its
-place, whatever happens to the inputs meanwhile.
+place, whatever happens to the inputs meanwhile. A row that was laid out and then passed over, because its input was
+changed, is found before the result is given away.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
-from libc.stdint cimport int32_t, int64_t, uint8_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
 from libc.stdlib cimport free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from .aead cimport RecordCipher
 from .cells cimport FOUND, Cells, Piece, find_cell, piece_cell, piece_is_plain
 from .openssl cimport OPENSSL_cleanse
-from .secret cimport invalid_error
+from .secret cimport internal_error, invalid_error
 
 cdef Py_ssize_t MOST_NARROW = 2**31 - 1
 
@@ -47,10 +48,13 @@ cdef class Memory:
 
 
 cdef class Places:
-    """The places of a result's rows; a null takes none. ``wide`` asks for offsets of 8 bytes."""
+    """The places of a result's rows; a null takes none. ``wide`` asks for offsets of 8 bytes.
+
+    ``most`` is the most that the rows take together: what is laid out to more was changed while it was read.
+    """
 
     def __init__(self, Py_ssize_t count, Py_ssize_t most, bint wide):
-        self.count = count
+        self.count, self.most = count, most
         self.width = 8 if wide or most > MOST_NARROW else 4
         self.offsets = Memory((count + 1) * self.width)
         self.put(0, 0)
@@ -80,6 +84,7 @@ cdef class Places:
                     self.put(at + 1, place)
         self.total = place
         self.nulls = cells.nulls
+        self.check_total()
 
     cdef Py_ssize_t lay_plain(self, const Piece *piece, Py_ssize_t start, Py_ssize_t place,
                               Py_ssize_t more) noexcept nogil:
@@ -114,6 +119,7 @@ cdef class Places:
             with nogil:
                 at = self.lay_run(cells, first, second, at, counts)
             if at == self.count:
+                self.check_total()
                 return counts[0], counts[1], bad
             bad.append(at)
             if not every:
@@ -143,6 +149,32 @@ cdef class Places:
                 bits[at >> 3] &= <uint8_t>~(1 << (at & 7))
             self.put(at + 1, self.total)
         return self.count
+
+    cdef int check_total(self) except -1:
+        if self.total > self.most:
+            raise invalid_error()("a buffer of the column was changed while it was read")
+        return 0
+
+    def expect(self, skipped=()):
+        """From now on every row that is not null has to be filled, but for these."""
+        cdef Py_ssize_t size = ((self.count + 63) >> 6) * 8
+        self.unfilled = Memory(size)
+        memset(self.unfilled.data, 0, <size_t>size)
+        if self.validity is not None:
+            memcpy(self.unfilled.data, self.validity.data, <size_t>self.validity.size)
+        else:
+            memset(self.unfilled.data, 255, <size_t>(self.count >> 3))
+            if self.count & 7:
+                self.unfilled.data[self.count >> 3] = <uint8_t>((1 << (self.count & 7)) - 1)
+        for at in skipped:
+            self.check_range(self.count, at, at + 1)
+            self.filled(at)
+
+    def first_unfilled(self):
+        """The first row that has to be filled and was not, because it was changed in between; -1 if there is none."""
+        if self.unfilled is None:
+            raise internal_error()("nothing is expected of these rows")
+        return okc_first_bit(<const uint64_t *>self.unfilled.data, self.count)
 
     def attach(self, data):
         """Set where the rows go: a writable, contiguous buffer that holds them all, looked at before anything is written."""

@@ -15,6 +15,7 @@ cdef enum:
     CHANGED = -2                    # a buffer was written to while it was read
     NONCES = 1024                   # drawn at a time, at most; 12 KiB of the stack
     MOST_CONTEXT = 1 << 30
+    MOST_PLACE = 2147483647         # a record was measured before, and changed since, if it takes more
 
 cdef class RowContexts:
     cdef readonly Cells cells
@@ -88,7 +89,7 @@ cdef inline const uint8_t *run_nonce(Run *run) noexcept nogil:
 cdef inline int run_place(Run *run, Places places, Py_ssize_t at, Py_ssize_t size) noexcept nogil:
     """Point the item at its place; CHANGED if what goes there has another size than when it was laid out."""
     cdef Py_ssize_t begin = places.begin(at)
-    if places.begin(at + 1) - begin != size:
+    if places.begin(at + 1) - begin != size or size > MOST_PLACE or begin < 0 or begin > places.total - size:
         return CHANGED
     run.item.output = places.target + begin
     return FOUND

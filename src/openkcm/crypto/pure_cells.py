@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 import cffi
@@ -55,6 +55,9 @@ class _Piece:
 
     def _pin_layout(self, part: Part, end: int) -> None:
         width = part.width
+        widths = {OFFSETS: (4, 8), CODES: (1, 2, 4, 8)}.get(self._layout, (width,))
+        if width not in widths:
+            raise InvalidInput(f"offsets of the {self._name} have 4 or 8 bytes, and codes 1, 2, 4 or 8")
         if self._layout == OFFSETS:
             self._places = self._pin(part.places, (end + 1) * width, width).cast(_SIGNED[width])
             last = max(self._places[part.start : end + 1]) if isinstance(part.data, int) else 0
@@ -218,12 +221,17 @@ class Memory(bytearray):
 
 
 class Places:
-    """The places of a result's rows; a null takes none. ``wide`` asks for offsets of 8 bytes."""
+    """The places of a result's rows; a null takes none. ``wide`` asks for offsets of 8 bytes.
+
+    ``most`` is the most that the rows take together: what is laid out to more was changed while it was read.
+    """
 
     def __init__(self, count: int, most: int, wide: bool) -> None:
         self.count = count
         self.width = 8 if wide or most > _MOST_NARROW else 4
         self.total = self.nulls = 0
+        self._most = most
+        self._unfilled = bytearray()
         self.offsets = Memory((count + 1) * self.width)
         self.validity: Memory | None = None
         self.data: memoryview | None = None
@@ -262,6 +270,8 @@ class Places:
 
     def _lay(self, at: int, size: int | None) -> None:
         self.total += size or 0
+        if self.total > self._most:
+            raise InvalidInput("a buffer of the column was changed while it was read")
         self._places[at + 1] = self.total
         if size is None:
             self._unset(at)
@@ -273,6 +283,23 @@ class Places:
                 self.validity[-1] = (1 << (self.count & 7)) - 1
         self.nulls += self.validity[at >> 3] >> (at & 7) & 1
         self.validity[at >> 3] &= ~(1 << (at & 7))
+
+    def expect(self, skipped: Iterable[int] = ()) -> None:
+        """From now on every row that is not null has to be filled, but for these."""
+        bits = self.validity
+        self._unfilled = bytearray(
+            1 if bits is None else bits[at >> 3] >> (at & 7) & 1 for at in range(self.count)
+        )
+        for at in skipped:
+            self.filled(at)
+
+    def filled(self, at: int) -> None:
+        """A row is done with."""
+        self._unfilled[at] = 0
+
+    def first_unfilled(self) -> int:
+        """The first row that has to be filled and was not, because it was changed in between; -1 if there is none."""
+        return self._unfilled.find(1)
 
     def attach(self, data: Any) -> None:
         """Set where the rows go: a writable, contiguous buffer that holds them all."""
@@ -288,6 +315,7 @@ class Places:
         if end - begin != len(row):
             raise InvalidInput("a buffer of the column was changed while it was read")
         self._target[begin:end] = row
+        self.filled(at)
 
     def wipe(self) -> None:
         """Zero the rows that were written."""

@@ -176,6 +176,8 @@ def open_rows(
         raise InvalidInput("a buffer of the column was changed while it was read")
     refused = [(at, number) for at, number in owners.items() if without and without[number]]
     left = {at: number for at, number in owners.items() if not (without and without[number])}
+    for at, _ in refused:
+        places.filled(at)
     return sorted(refused + _open(cipher, keys, left, rows, contexts, places))
 
 
@@ -208,6 +210,8 @@ def open_named(
         (at, number + ring.first) for at, number in numbers.items() if without and without[number] == _ABSENT
     ]
     left = {at: number for at, number in numbers.items() if not (without and without[number])}
+    for at, _ in refused:
+        places.filled(at)
     for handle, owners in _by_handle(left, ring).items():
         refused += _open(cipher, ring.handles[handle], owners, rows, contexts, places)
     return sorted(refused)

@@ -59,7 +59,11 @@ class ColumnOpener:
         source = read_source(column, "column")
         cells = Cells(source.parts, "column")
         bound = row_contexts(context, contexts, cells)
-        most = max(cells.total - STORED_OVERHEAD * (cells.count - cells.nulls), 0)
+        most = cells.total
+        if (
+            errors == "raise"
+        ):  # then each row is an envelope, or the first that is none is all there is to say
+            most = max(most - STORED_OVERHEAD * (cells.count - cells.nulls), 0)
         places = Places(cells.count, most, source.wide)
         inline, stored, bad = places.lay_opened(cells, self._inline, self._stored, errors == "null")
         failures = Failures(errors == "raise")
@@ -67,13 +71,14 @@ class ColumnOpener:
             failures.add(at, self._why(cells, at))
         failures.settle()
         job = Job(source, cells, bound, places, check_threads(threads), self._waiting)
-        job.attach(out)
+        job.attach(out, skipped=bad)
         try:
             if inline:
                 rows = ONE_KEY_RUN if self._shares_keys(cells) else RUN
                 job.share(rows, lambda start, stop: self._open_inline(job, failures, start, stop))
             if stored:
                 self._open_stored(job, failures)
+            job.check_filled()
             if text:
                 job.share(LONG_RUN, lambda start, stop: _check_text(places, failures, start, stop))
             for at in failures.errors:

@@ -50,11 +50,15 @@ class Job:
     threads: int
     waiting: Waiting
 
-    def attach(self, out: Any, others: Iterable[Cells] = (), sealed: bool = False) -> None:
+    def attach(
+        self, out: Any, others: Iterable[Cells] = (), *, sealed: bool = False, skipped: Iterable[int] = ()
+    ) -> None:
         """Give the result its memory: the caller's, if it holds all of it and none of what is read.
 
-        Memory of a result that is sealed is used again once nobody has it; plaintext goes back to the system.
+        Memory of a result that is sealed is used again once nobody has it; plaintext goes back to the system. From now
+        on every row but those ``skipped`` has to be filled.
         """
+        self.places.expect(skipped)
         if out is None:
             self.places.attach(Memory(self.places.total, sealed))
             return
@@ -77,6 +81,12 @@ class Job:
     def share(self, rows: int, work: Callable[[int, int], None]) -> None:
         """Work on runs of the rows, in the caller's number of threads."""
         share(self.places, rows, self.threads, work, self.waiting)
+
+    def check_filled(self) -> None:
+        """Raise InvalidInput if a row was passed over, which its buffer has to have been changed for."""
+        row = self.places.first_unfilled()
+        if row >= 0:
+            raise InvalidInput(f"a buffer of the {self.cells.name} was changed while it was read", index=row)
 
     def result(self, text: bool = False) -> Any:
         """The finished column, in the shape of the caller's."""
@@ -160,7 +170,7 @@ class ColumnSealer:
         places = Places(cells.count, most, source.wide)
         places.lay_sealed(cells, self._stored if stored else self._inline)
         job = Job(source, cells, bound, places, check_threads(threads), self._waiting)
-        job.attach(out, () if names is None else (names[0],), True)
+        job.attach(out, () if names is None else (names[0],), sealed=True)
         try:
             if names is not None:
                 self._seal_named(job, *names)
@@ -170,6 +180,7 @@ class ColumnSealer:
                 job.share(RUN, lambda start, stop: self._seal_fresh(job, start, stop))
             else:
                 job.share(ONE_KEY_RUN, lambda start, stop: self._seal_shared(job, shared, start, stop))
+            job.check_filled()
         except BaseException:
             places.wipe()
             raise

@@ -68,7 +68,7 @@ def read_source(column: Any, name: str) -> Source:
         InvalidInput: it is nothing that has a run of bytes a row.
     """
     if isinstance(column, Column):
-        return _wide([_column_part(column)])
+        return _wide([_column_part(column, name)])
     pyarrow = sys.modules.get("pyarrow")
     if pyarrow is not None and isinstance(column, pyarrow.ChunkedArray):
         lengths = tuple(map(len, column.chunks))
@@ -259,17 +259,9 @@ def _buffers_part(column: tuple[Any, ...], name: str) -> Part:
     return Part(OFFSETS, offsets.itemsize, 0, len(offsets) - 1, validity, offsets, data, owner=column)
 
 
-def _column_part(column: Column) -> Part:
-    return Part(
-        OFFSETS,
-        column.offsets.itemsize,
-        0,
-        len(column),
-        column.validity,
-        column.offsets,
-        column.data,
-        owner=column,
-    )
+def _column_part(column: Column, name: str) -> Part:
+    buffers = (column.offsets, column.data, column.validity)
+    return _buffers_part(buffers if column.validity is not None else buffers[:2], name)
 
 
 def _fixed_part(column: Any, name: str) -> Part:
