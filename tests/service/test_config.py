@@ -139,6 +139,16 @@ def test_the_stores_password_comes_from_a_file_and_is_shown_nowhere(
         assert "not a file with one password" in str(mistakes(site, store_password_file=str(secret)))
 
 
+@pytest.mark.parametrize(
+    "store",
+    ["postgresql://core:Tr0ub@dor:and3secret@db.example/openkcm", "postgresql://core:and3secret@db:x/y"],
+)
+def test_a_mistyped_url_is_not_shown(site: Site, store: str) -> None:
+    (said,) = mistakes(site, store=store)
+    assert "store" in said
+    assert "and3secret" not in said
+
+
 def test_a_password_in_the_url_wants_a_private_file(site: Site) -> None:
     path = site.config("inline", store=f"postgresql://core:{PASSWORD}@db.example/openkcm")
     assert PASSWORD in read_config(path).store

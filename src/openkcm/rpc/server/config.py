@@ -174,10 +174,14 @@ class _Reader:
 
     def store(self, value: Any, password: str) -> str:
         """A store's URL, with its password put in."""
+        given = text(value)
         try:
-            url = make_url(text(value))
-        except ArgumentError:
-            raise ValueError("is a URL such as postgresql://USER@HOST/DATABASE or sqlite:////PATH") from None
+            url = make_url(given)
+        except (ArgumentError, ValueError):  # whose text may hold part of a password, as of "user:p@ss:word@host"
+            raise ValueError(
+                "is a URL such as postgresql://USER@HOST/DATABASE or sqlite:////PATH, with what is special in it "
+                "percent-encoded"
+            ) from None
         if url.drivername.partition("+")[0] == "sqlite":
             path = self._folder / (url.database or "")
             if not url.database or not path.is_file():
@@ -188,7 +192,7 @@ class _Reader:
                 "holds a password in a file that others can read: change it, and name a file with the new one in "
                 "store_password_file"
             )
-        return url.set(password=password).render_as_string(hide_password=False) if password else text(value)
+        return url.set(password=password).render_as_string(hide_password=False) if password else given
 
 
 def root_starts(value: Any) -> tuple[str, ...]:
