@@ -382,6 +382,9 @@ def test_failures_are_logged_within_bounds(
         def check_peer(self, peer: Peer) -> None:
             pass
 
+        def check_caller(self, peer: Peer) -> None:
+            pass
+
         def call(self, name: str, peer: Peer, data: bytes) -> bytes:
             raise openkcm.TenantDark("secret-looking text")
 

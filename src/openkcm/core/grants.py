@@ -278,6 +278,16 @@ class Grants:
                 return True
         return False
 
+    def administers(self, identity: str) -> bool:
+        """Whether an identity may administer anything at all.
+
+        Raises:
+            StoreUnavailable: that is not known, or too old to go by.
+        """
+        if self._clock() > self._due:
+            self._catch_up()
+        return bool(self._allowed.get((identity, Verb.ADMINISTER)))
+
     def is_revoked(self, *fingerprints: bytes) -> bool:
         """Whether a certificate is refused.
 

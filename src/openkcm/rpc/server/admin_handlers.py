@@ -137,6 +137,12 @@ class AdminHandlers:
         if self._core.access.is_revoked(*peer.fingerprints):
             raise AccessDenied(wire.REFUSED)
 
+    def check_caller(self, peer: Peer) -> None:
+        """Raise AccessDenied if the peer administers nothing."""
+        self.check_peer(peer)
+        if not self._core.access.administers(peer.identity):
+            raise AccessDenied(wire.REFUSED)
+
     def _check_allowed(self, peer: Peer, tenant: str, service: str) -> None:
         """Nothing was looked up yet: who may not administer a tenant does not learn whether it exists."""
         if not self._core.access.allows(peer.identity, tenant, service, Verb.ADMINISTER):

@@ -177,7 +177,10 @@ class _Reader:
         given = text(value)
         try:
             url = make_url(given)
-        except (ArgumentError, ValueError):  # whose text may hold part of a password, as of "user:p@ss:word@host"
+        except (
+            ArgumentError,
+            ValueError,
+        ):  # whose text may hold part of a password, as of "user:p@ss:word@host"
             raise ValueError(
                 "is a URL such as postgresql://USER@HOST/DATABASE or sqlite:////PATH, with what is special in it "
                 "percent-encoded"

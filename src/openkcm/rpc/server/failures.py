@@ -29,7 +29,10 @@ class Answers(Protocol):
         """The calls by their names."""
 
     def check_peer(self, peer: Peer) -> None:
-        """Raise AccessDenied if the peer may not call at all."""
+        """Raise AccessDenied if the peer's certificate is not good any more."""
+
+    def check_caller(self, peer: Peer) -> None:
+        """Raise AccessDenied if the peer may not call anything."""
 
     def call(self, name: str, peer: Peer, data: bytes) -> bytes:
         """A request's bytes in, a reply's bytes out."""
@@ -49,6 +52,7 @@ class Logged:
         self._handlers = handlers
         self.methods: Mapping[str, Any] = handlers.methods
         self.check_peer = handlers.check_peer
+        self.check_caller = handlers.check_caller
         self._lock = threading.Lock()
         self._second = 0
         self._lines = 0

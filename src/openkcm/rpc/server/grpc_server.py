@@ -17,6 +17,7 @@ from .. import keys_pb2 as pb
 from .. import wire
 from ..peer import Peer, Peers
 from ..tls13 import grpc
+from .arrivals import Arrivals
 from .certificates import Pem
 from .handlers import KeyHandlers
 from .streams import Streams, Subscriber
@@ -59,6 +60,9 @@ class Handlers(Protocol):
     @property
     def methods(self) -> Mapping[str, Any]:
         """What can be called."""
+
+    def check_caller(self, peer: Peer) -> None:
+        """Raise AccessDenied if the peer may not call anything here: before its message is waited for."""
 
     def call(self, name: str, peer: Peer, data: bytes) -> bytes:
         """A request's bytes in, a reply's bytes out."""
@@ -105,6 +109,7 @@ def unary_handlers(
     service: str,
     handlers: Handlers,
     who: Identifier,
+    arrivals: Arrivals,
     *,
     failure_of: Callable[[BaseException], pb.Failure] = wire.failure_of,
     pools: Mapping[str, ThreadPoolExecutor] | None = None,
@@ -115,21 +120,27 @@ def unary_handlers(
         service: its full name.
         handlers: carries the calls out.
         who: tells who calls.
+        arrivals: waits for their messages.
         failure_of: what a caller is told of an error.
         pools: the threads of those methods that are not to wait for the others'.
     """
 
-    def behaviour(name: str) -> Callable[[bytes, grpc.ServicerContext], bytes]:
-        def call(data: bytes, context: grpc.ServicerContext) -> bytes:
+    def behaviour(name: str) -> Callable[[Iterator[bytes], grpc.ServicerContext], bytes]:
+        def call(messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
             peer = None
             try:
                 peer = who(context)
-                return handlers.call(name, peer, data)
+                handlers.check_caller(peer)
+                data = arrivals.take(messages, context)
             except Exception as error:
+                handlers.refused(error, name, peer)
                 failed = error
-            if peer is None:
-                handlers.refused(failed, name, None)
-            # Not in the handler above: what gRPC prints of an abort would show the error that led to it.
+            else:
+                try:
+                    return handlers.call(name, peer, data)
+                except Exception as error:
+                    failed = error
+            # Not in the handlers above: what gRPC prints of an abort would show the error that led to it.
             abort(context, failed, failure_of)
             raise AssertionError  # abort has raised
 
@@ -138,7 +149,8 @@ def unary_handlers(
             call.experimental_thread_pool = pools[name]  # type: ignore[attr-defined]
         return call
 
-    methods = {name: grpc.unary_unary_rpc_method_handler(behaviour(name)) for name in handlers.methods}
+    # One message and one reply, as a unary call is on the wire; but we are called before the message is there.
+    methods = {name: grpc.stream_unary_rpc_method_handler(behaviour(name)) for name in handlers.methods}
     return grpc.method_handlers_generic_handler(service, methods)
 
 
@@ -146,28 +158,35 @@ class WatchHandler(grpc.GenericRpcHandler):  # type: ignore[misc]  # gRPC has no
     """The watch stream, on threads of its own: a thousand Gateways that listen must not keep one from asking."""
 
     def __init__(
-        self, handlers: KeyHandlers, streams: Streams, who: Identifier, threads: ThreadPoolExecutor
+        self,
+        handlers: KeyHandlers,
+        streams: Streams,
+        who: Identifier,
+        arrivals: Arrivals,
+        threads: ThreadPoolExecutor,
     ) -> None:
         self._handlers = handlers
         self._streams = streams
         self._who = who
+        self._arrivals = arrivals
 
-        def watch(data: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-            return self._watch(data, context)
+        def watch(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+            return self._watch(messages, context)
 
         watch.experimental_non_blocking = False  # type: ignore[attr-defined]
         watch.experimental_thread_pool = threads  # type: ignore[attr-defined]
-        self._handler = grpc.unary_stream_rpc_method_handler(watch)
+        self._handler = grpc.stream_stream_rpc_method_handler(watch)
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
         """The handler of a call, if it is this one."""
         return self._handler if details.method == f"/{wire.SERVICE_NAME}/Watch" else None
 
-    def _watch(self, data: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+    def _watch(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         peer = None
         try:
             peer = self._who(context)
-            self._handlers.check_peer(peer)
+            self._handlers.check_caller(peer)
+            data = self._arrivals.take(messages, context)
             subscriber = self._streams.open(peer, wire.parse(pb.WatchRequest.FromString, data))
         except Exception as error:
             self._handlers.refused(error, "Watch", peer)

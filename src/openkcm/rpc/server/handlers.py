@@ -117,6 +117,12 @@ class KeyHandlers:
         if self.core.access.is_revoked(*peer.fingerprints):
             raise AccessDenied(wire.REFUSED)
 
+    def check_caller(self, peer: Peer) -> None:
+        """Raise AccessDenied if the peer may do nothing with anybody's data keys."""
+        self.check_peer(peer)
+        if not self.core.access.sees(peer.identity, EVERY):
+            raise AccessDenied(wire.REFUSED)
+
     def may_any(self, peer: Peer, tenant: str, service: str) -> bool:
         """Whether the peer may do anything at all with a service's data keys."""
         allows = self.core.access.allows

@@ -20,6 +20,7 @@ from .. import admin_messages, wire
 from ..frames.server import Bounds, FrameServer
 from ..session import SessionTable
 from . import admin_handlers, grpc_server
+from .arrivals import Arrivals
 from .bystanders import MOST_STREAMS, Bystanders
 from .certificates import Certificates
 from .config import ServeConfig
@@ -37,8 +38,8 @@ ADMIN_CALLS: Final = 64
 LAST_WORDS_SECONDS: Final = 0.25
 """For answers on their way, when the last call was carried out."""
 
-KILL_THREADS: Final = 2
-"""A kill waits for no other call."""
+KILL_THREADS: Final = 8
+"""A kill waits for no other call: only for kills of others who may."""
 
 
 class CoreServer:
@@ -73,6 +74,7 @@ class CoreServer:
         self.handlers = KeyHandlers(self.core, self.certificates.credentials, SessionTable(), self.denials)
         self.certificates.listen(self._take_up)
         self._watchers = ThreadPoolExecutor(config.limits.streams, thread_name_prefix="openkcm-stream")
+        self._arrivals = Arrivals()
         self._killers = ThreadPoolExecutor(KILL_THREADS, thread_name_prefix="openkcm-kill")
 
     def start(self) -> None:
@@ -115,6 +117,7 @@ class CoreServer:
                 threads.shutdown(wait=False, cancel_futures=True)
             for bounds in self._bounds:
                 bounds.close()
+            self._arrivals.close()
             self.denials.close()
             self.certificates.close()
             self.handlers.close()
@@ -176,8 +179,10 @@ class CoreServer:
         limits, who = self.config.limits, grpc_server.Identifier()
         server = grpc_server.make_server(
             [
-                grpc_server.unary_handlers(wire.SERVICE_NAME, self._logged(self.handlers), who),
-                grpc_server.WatchHandler(self.handlers, self.streams, who, self._watchers),
+                grpc_server.unary_handlers(
+                    wire.SERVICE_NAME, self._logged(self.handlers), who, self._arrivals
+                ),
+                grpc_server.WatchHandler(self.handlers, self.streams, who, self._arrivals, self._watchers),
             ],
             threads=limits.threads,
             most_calls=limits.calls + limits.streams,
@@ -193,6 +198,7 @@ class CoreServer:
                     admin_handlers.SERVICE_NAME,
                     self._logged(handlers),
                     grpc_server.Identifier(),
+                    self._arrivals,
                     failure_of=admin_messages.failure_of,
                     pools={"KillTenant": self._killers},
                 )
