@@ -118,18 +118,20 @@ class ColumnOpener:
             if not version:
                 return False
             keys, failed = self._leases.open(WrappedKeys(Kind.INLINE, version, packed))
-            refused = self._open_rows(
-                self._inline,
-                job.cells,
-                job.contexts,
-                job.places,
-                start,
-                stop,
-                version,
-                keys,
-                _marks(len(keys), failed) if failed else b"",
-            )
-            keys.wipe()
+            try:
+                refused = self._open_rows(
+                    self._inline,
+                    job.cells,
+                    job.contexts,
+                    job.places,
+                    start,
+                    stop,
+                    version,
+                    keys,
+                    _marks(len(keys), failed) if failed else b"",
+                )
+            finally:
+                keys.wipe()
             failures.add_all(refused, failed)
             gathered = (
                 crypto.gather_rows(self._inline, job.cells, start, stop, version, RUN) if more else None
@@ -143,19 +145,26 @@ class ColumnOpener:
         table = Table()
         table.add_ids(self._stored, job.cells)
         for first in range(0, len(table), RING):
-            epoch = self._held.epoch
-            slices = self._open_ids(table.values(first, first + RING))
-            failed = {
-                first + number * MAX_KEYS_PER_CALL + at: error
-                for number, each in enumerate(slices)
-                for at, error in each.failures.items()
-            }
-            for turn in range(max(len(each.rounds) for each in slices)):
-                rounds = [each.round(turn) for each in slices]
-                ring = KeyRing(first, [keys for keys, _ in rounds], [each.ids for each in slices])
-                marks = b"".join([marks for _, marks in rounds])
-                with self._held.hold(ring, epoch):
-                    self._open_ring(job, failures, table, ring, marks if any(marks) else b"", failed)
+            self._held.again(lambda first=first: self._open_rings(job, failures, table, first))  # type: ignore[misc]
+
+    def _open_rings(self, job: Job, failures: Failures, table: Table, first: int) -> None:
+        """Open the rows of one ring's worth of ids: a ring for each service key version among their keys."""
+        epoch = self._held.epoch
+        ids = table.values(first, first + RING)
+        slices = self._open_ids(ids)
+        failed = {
+            first + number * MAX_KEYS_PER_CALL + at: error
+            for number, each in enumerate(slices)
+            for at, error in each.failures.items()
+        }
+        rings, marks = [], []
+        for turn in range(max(len(each.rounds) for each in slices)):
+            rounds = [each.round(turn) for each in slices]
+            rings.append(KeyRing(first, [keys for keys, _ in rounds], [each.ids for each in slices]))
+            marks.append(b"".join([each for _, each in rounds]))
+        with self._held.hold(rings, b"".join(ids), epoch):
+            for ring, left_out in zip(rings, marks, strict=True):
+                self._open_ring(job, failures, table, ring, left_out if any(left_out) else b"", failed)
 
     def _open_ring(
         self,

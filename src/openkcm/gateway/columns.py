@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from .. import crypto
 from ..context import ABSENT, RAW_TAG, Context, encode_context
-from ..crypto import Cells, KeyRing, Memory, Places, RecordCipher, RowContexts, Table
+from ..crypto import Cells, KeyRing, Memory, Places, RecordCipher, RowContexts, SecretKeys, Table
 from ..envelope import INLINE_OVERHEAD, STORED_OVERHEAD
 from ..errors import InvalidInput, LimitExceeded, OpenKCMError, SecretMemoryError
 from ..keys import KeyService, Kind, Service, check_subject
@@ -191,20 +191,11 @@ class ColumnSealer:
         count = job.cells.valid(start, stop)
         if count:
             keys = crypto.generate_keys(count)
-            wrapped = self._core.wrap_keys(self._service, keys, Kind.INLINE)
-            self._seal_rows(
-                self._inline,
-                job.cells,
-                job.contexts,
-                job.places,
-                start,
-                stop,
-                keys,
-                False,
-                wrapped.version,
-                wrapped.wrapped,
-            )
-            keys.wipe()
+            try:
+                wrapped = self._core.wrap_keys(self._service, keys, Kind.INLINE)
+                self._seal_run(job, self._inline, start, stop, keys, False, wrapped.version, wrapped.wrapped)
+            finally:
+                keys.wipe()
 
     def _seal_shared(self, job: Job, shared: SharedKeys, start: int, stop: int) -> None:
         """Data keys that serve several records each."""
@@ -213,18 +204,7 @@ class ColumnSealer:
             key, taken = shared.reserve(sizes, 0, count)
             end = stop if taken == count else job.cells.after(start, taken)
             try:
-                self._seal_rows(
-                    self._inline,
-                    job.cells,
-                    job.contexts,
-                    job.places,
-                    start,
-                    end,
-                    key.keys,
-                    True,
-                    key.version,
-                    key.wrapped,
-                )
+                self._seal_run(job, self._inline, start, end, key.keys, True, key.version, key.wrapped)
             except SecretMemoryError:
                 if not key.keys.wiped:
                     raise
@@ -235,19 +215,25 @@ class ColumnSealer:
         """One subject's data key, opened anew for every run: a shred in between is seen."""
         if job.cells.valid(start, stop):
             opened = self._subjects.open([subject])
-            self._seal_rows(
-                self._stored,
-                job.cells,
-                job.contexts,
-                job.places,
-                start,
-                stop,
-                opened.keys,
-                True,
-                0,
-                opened.ids,
-            )
-            opened.keys.wipe()
+            try:
+                self._seal_run(job, self._stored, start, stop, opened.keys, True, 0, opened.ids)
+            finally:
+                opened.keys.wipe()
+
+    def _seal_run(
+        self,
+        job: Job,
+        cipher: RecordCipher,
+        start: int,
+        stop: int,
+        keys: SecretKeys,
+        shared: bool,
+        version: int,
+        middles: bytes,
+    ) -> None:
+        self._seal_rows(
+            cipher, job.cells, job.contexts, job.places, start, stop, keys, shared, version, middles
+        )
 
     # ---- a subject a row -------------------------------------------------------------------------------
 
@@ -265,17 +251,21 @@ class ColumnSealer:
     def _seal_named(self, job: Job, names: Cells, table: Table) -> None:
         """Open the keys of all subjects in a few calls, then go through the rows as they stand."""
         for first in range(0, len(table), RING):
-            epoch = self._held.epoch
-            opened = list(self._subjects.open_chunks(decode_subjects(table, first)))
-            ring = KeyRing(first, [each.keys for each in opened], [each.ids for each in opened])
+            self._held.again(lambda first=first: self._seal_ring(job, names, table, first))  # type: ignore[misc]
 
-            def seal(start: int, stop: int, ring: KeyRing = ring) -> None:
-                self._seal_names(
-                    self._stored, job.cells, job.contexts, job.places, start, stop, table, names, ring
-                )
+    def _seal_ring(self, job: Job, names: Cells, table: Table, first: int) -> None:
+        """Seal the rows of one ring's worth of subjects."""
+        epoch = self._held.epoch
+        opened = list(self._subjects.open_chunks(decode_subjects(table, first)))
+        ring = KeyRing(first, [each.keys for each in opened], [each.ids for each in opened])
 
-            with self._held.hold(ring, epoch):
-                job.share(LONG_RUN, seal)
+        def seal(start: int, stop: int) -> None:
+            self._seal_names(
+                self._stored, job.cells, job.contexts, job.places, start, stop, table, names, ring
+            )
+
+        with self._held.hold([ring], b"".join([each.ids for each in opened]), epoch):
+            job.share(LONG_RUN, seal)
 
 
 def decode_subjects(table: Table, start: int) -> list[str]:

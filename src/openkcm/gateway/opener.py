@@ -141,17 +141,20 @@ class Opener:
         left = place_failures(outcomes, positions, failures)
         if owners is positions:
             owners = list(range(len(positions)))
-        if left:
+        places = [positions[at] for at in left]
+        try:
+            if not left:
+                return
             index = array("I", [owners[at] for at in left])
-            places = [positions[at] for at in left]
             opened, failed = open_many(
                 keys, index, pick(contexts, places), [blobs[at] for at in places], True
             )
-            for at, record in zip(places, opened, strict=True):
-                outcomes[at] = record
-            for at in failed:
-                outcomes[places[at]] = DecryptError(index=places[at])
-        keys.wipe()
+        finally:
+            keys.wipe()
+        for at, record in zip(places, opened, strict=True):
+            outcomes[at] = record
+        for at in failed:
+            outcomes[places[at]] = DecryptError(index=places[at])
 
     def _open_all(
         self,
@@ -162,8 +165,10 @@ class Opener:
         contexts: Contexts,
         in_place: bool,
     ) -> list[Any]:
-        records, failed = open_many(keys, index, contexts, blobs, in_place)
-        keys.wipe()
+        try:
+            records, failed = open_many(keys, index, contexts, blobs, in_place)
+        finally:
+            keys.wipe()
         if not failed:
             return records
         if not in_place:

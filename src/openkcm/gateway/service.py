@@ -71,7 +71,8 @@ class ServiceHandle:
         self._pool_policy = pool
         self._background = background
         self._leases = Leases(core, service)
-        self._subjects = SubjectKeys(core, store, service, self._leases, background.delivery)
+        self._held = HeldKeys(service.tenant)
+        self._subjects = SubjectKeys(core, store, service, self._leases, self._held, background.delivery)
         self._inline = _cipher(Kind.INLINE, service, WRAPPED_KEY_BYTES)
         self._stored = _cipher(Kind.STORED, service, KEY_ID_BYTES)
         self._opener = Opener(service, self._leases, self._subjects, self._inline, self._stored)
@@ -83,6 +84,9 @@ class ServiceHandle:
         self._seal_subjects = waiting.heavy(self._stored.seal_many, 5)
         self._seal_subject = waiting.heavy(self._stored.seal_one, 5)
         self._single_use = policy.records == 1
+        ciphers = self._inline, self._stored
+        self._sealer = ColumnSealer(core, service, policy, self._subjects, self._held, *ciphers)
+        self._column_opener = ColumnOpener(service, self._leases, self._subjects, self._held, *ciphers)
         self.after_fork()
 
     @property
@@ -380,9 +384,10 @@ class ServiceHandle:
         """A new data key for every record."""
         keys = generate_keys(len(part))
         wrapped = self._core.wrap_keys(self._service, keys, Kind.INLINE)
-        sealed = self._seal_many(keys, None, wrapped.version, wrapped.wrapped, contexts, part)
-        keys.wipe()
-        return sealed
+        try:
+            return self._seal_many(keys, None, wrapped.version, wrapped.wrapped, contexts, part)
+        finally:
+            keys.wipe()
 
     def _seal_stored(self, part: list[Any], contexts: Contexts, names: list[str]) -> list[bytes]:
         """The data key of each record's subject."""
@@ -392,9 +397,10 @@ class ServiceHandle:
         except (InvalidInput, LimitExceeded) as error:
             error.index = first_bad_subject(names) if len(names) == len(part) else None
             raise
-        sealed = self._seal_subjects(opened.keys, index, 0, opened.ids, contexts, part)
-        opened.keys.wipe()
-        return sealed
+        try:
+            return self._seal_subjects(opened.keys, index, 0, opened.ids, contexts, part)
+        finally:
+            opened.keys.wipe()
 
     def _encrypt_shared(self, items: list[Any], contexts: Contexts) -> list[bytes]:
         """Data keys that serve several records each."""
@@ -474,9 +480,8 @@ class ServiceHandle:
         self._leases.wipe()
 
     def forget(self, ids: Sequence[bytes]) -> None:
-        """Drop cached wrapped keys, and leased open ones, of subjects that were shredded."""
-        self._leases.forget(frozenset(ids))
-        self._subjects.forget(ids)
+        """Drop the data keys of subjects that were shredded, wherever they are at hand."""
+        self._subjects.gone(ids)
 
     def after_fork(self) -> None:
         """Start without keys and with fresh locks; what waited belongs to the parent."""
@@ -486,13 +491,7 @@ class ServiceHandle:
         self._running = RunningStreams(self._core, self._service)
         self._subjects.after_fork()
         self._leases.after_fork()
-        self._held = HeldKeys(self._service.tenant)
-        self._sealer = ColumnSealer(
-            self._core, self._service, self._policy, self._subjects, self._held, self._inline, self._stored
-        )
-        self._column_opener = ColumnOpener(
-            self._service, self._leases, self._subjects, self._held, self._inline, self._stored
-        )
+        self._held.after_fork()
 
 
 def _cipher(kind: Kind, service: Service, middle_bytes: int) -> RecordCipher:

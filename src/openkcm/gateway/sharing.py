@@ -2,19 +2,21 @@
 """The rows of one call, shared out among threads; and the keys that such a call holds open.
 
 Invariant: runs of rows are handed out in their order, and when one fails no more are: the error that is raised is that
-of the first run that failed, whichever thread had it. Keys held for a whole call are wiped when the tenant goes dark.
+of the first run that failed, whichever thread had it. Keys held for a whole call are wiped when the tenant goes dark or
+one of them was shredded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
-from ..crypto import KeyRing, Places
-from ..errors import InvalidInput, SecretMemoryError, TenantDark
+from ..crypto import IdSet, KeyRing, Places
+from ..errors import InvalidInput, SecretMemoryError, StoreUnavailable, TenantDark
 from ..waiting import Waiting
 
 MOST_THREADS: Final = 256
@@ -23,6 +25,8 @@ RUN_BYTES: Final = 16 * 1024 * 1024
 
 SHARES: Final = 4
 """Runs a thread of a short column, so that one that was held up does not keep the others waiting."""
+
+_TRIES: Final = 8
 
 Work = Callable[[int, int], None]
 
@@ -88,47 +92,91 @@ class _Runs:
             raise self._failed[min(self._failed)]
 
 
+class _ShreddedError(Exception):
+    """Keys of the ring were shredded while it was used."""
+
+
 class HeldKeys:
     """The rings of open keys that calls of one service hold."""
 
     def __init__(self, tenant: str) -> None:
         self._tenant = tenant
+        self.after_fork()
+
+    def after_fork(self) -> None:
+        """Start without rings: those under way are the parent's."""
         self._lock = threading.Lock()
         self._epoch = 0
-        self._rings: weakref.WeakSet[KeyRing] = weakref.WeakSet()
+        self._rings: dict[KeyRing, bytes] = {}
+        self._shredded: weakref.WeakSet[KeyRing] = weakref.WeakSet()
 
     @property
     def epoch(self) -> int:
         """A number that grows when every ring is wiped; taken before keys are opened."""
         return self._epoch
 
-    @contextmanager
-    def hold(self, ring: KeyRing, epoch: int) -> Iterator[None]:
-        """Keep a ring within reach of ``wipe`` while it is used; it is wiped at the end.
+    def again(self, act: Callable[[], None]) -> None:
+        """Do what opens keys, holds and uses them; once more, with keys opened anew, where some of them were shredded.
 
         Raises:
-            TenantDark: it was wiped meanwhile.
+            StoreUnavailable: that happened again and again.
+        """
+        for _ in range(_TRIES):
+            with contextlib.suppress(_ShreddedError):
+                act()
+                return
+        raise StoreUnavailable("subjects of this column are shredded again and again; try once more")
+
+    @contextmanager
+    def hold(self, rings: Sequence[KeyRing], ids: bytes, epoch: int) -> Iterator[None]:
+        """Keep rings within reach of ``wipe`` and ``forget`` while they are used; they are wiped at the end.
+
+        Args:
+            rings: of the same keys' ids, at most one of which is used at a time.
+            ids: the packed ids of their keys.
+            epoch: as it was before the keys were opened.
+
+        Raises:
+            TenantDark: they were wiped meanwhile.
         """
         with self._lock:
-            self._rings.add(ring)
+            self._rings.update(dict.fromkeys(rings, ids))
             dark = epoch != self._epoch
         try:
             if dark:
-                ring.wipe()
+                _wipe(rings)
             yield
         except SecretMemoryError:
-            if epoch == self._epoch:
-                raise
-            raise TenantDark(
-                f"the tenant {self._tenant} went dark while a column was worked on; it was stopped"
-            ) from None
+            if epoch != self._epoch:
+                raise TenantDark(
+                    f"the tenant {self._tenant} went dark while a column was worked on; it was stopped"
+                ) from None
+            if any(each in self._shredded for each in rings):
+                raise _ShreddedError from None
+            raise
         finally:
-            ring.wipe()
+            with self._lock:
+                for each in rings:
+                    del self._rings[each]
+            _wipe(rings)
 
     def wipe(self) -> None:
         """Zero every key that is held; the calls that use them stop at their next run."""
         with self._lock:
             self._epoch += 1
             rings = list(self._rings)
-        for ring in rings:
-            ring.wipe()
+        _wipe(rings)
+
+    def forget(self, ids: frozenset[bytes]) -> None:
+        """Data keys were shredded: wipe the rings that hold one, whose calls open what is left of them anew."""
+        packed = b"".join(ids)
+        with self._lock:
+            held = list(self._rings.items())
+        rings = [ring for ring, own in held if IdSet(own).positions(packed)]
+        self._shredded.update(rings)  # before they are wiped, so that who meets that knows why
+        _wipe(rings)
+
+
+def _wipe(rings: Iterable[KeyRing]) -> None:
+    for ring in rings:
+        ring.wipe()

@@ -24,6 +24,7 @@ from ..limits import KEY_ID_BYTES, MAX_KEYS_PER_CALL, MAX_SUBJECT_BYTES, WRAPPED
 from .background import Delivery
 from .keystore import KeyStore, StoredKey
 from .leases import Leases
+from .sharing import HeldKeys
 
 CACHED: Final = 131_072
 """Wrapped keys kept in memory for each service: some 67 MB, where there are so many."""
@@ -60,10 +61,12 @@ class SubjectKeys:
         store: KeyStore,
         service: Service,
         leases: Leases,
+        held: HeldKeys,
         delivery: Delivery | None = None,
     ) -> None:
         self._core = core
         self._leases = leases
+        self._held = held
         self._store = store
         self._delivery = delivery
         self._buried: set[bytes] = set()
@@ -349,7 +352,7 @@ class SubjectKeys:
                     raise
                 self._bury(self._delivery, ids)
                 return len(ids)
-            self.forget(ids)
+            self.gone(ids)
             self._store.remove(self._service.service_id, ids)
         return len(ids)
 
@@ -359,9 +362,14 @@ class SubjectKeys:
         with self._lock:
             # Who has just read one of them must not remember it: for now, the Core would open it.
             self._buried.update(ids)
+        self.gone(ids)
+        delivery.wake()
+
+    def gone(self, ids: Sequence[bytes]) -> None:
+        """Data keys were shredded: let go of what is cached of them, kept open, and under way."""
         self.forget(ids)
         self._leases.forget(frozenset(ids))
-        delivery.wake()
+        self._held.forget(frozenset(ids))
 
     def after_fork(self) -> None:
         """Another thread of the parent may have held the lock."""
