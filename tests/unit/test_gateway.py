@@ -478,15 +478,51 @@ def test_a_shredded_name_is_not_kept_and_kept_ones_are_few(
     service: ServiceHandle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("openkcm.gateway.subjects.CACHED", 10)
-    kept = service._subjects._hashes
+    keys = service._subjects
     blob = service.encrypt(b"x", subject="a")
-    assert list(kept) == ["a"]
+    assert list(keys._hashes) == ["a"]
     service.shred("a")
-    assert not kept
+    assert not keys._hashes
     for number in range(25):
         service.encrypt(b"x", subject=f"user-{number}")
-        assert len(kept) <= 11
+        assert len(keys._hashes) <= 11
     refused(lambda: service.decrypt(blob), KeyDestroyed)
+
+
+class Overtaken(str):
+    """A subject's name; each time that it is looked up somebody else does something first."""
+
+    meanwhile: Callable[[], object]
+    __slots__ = ("meanwhile",)
+
+    def __hash__(self) -> int:
+        self.meanwhile()
+        return super().__hash__()
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("what", ["a kill", "a shred elsewhere", "a crowd"])
+def test_names_that_are_forgotten_while_they_are_hashed(
+    service: ServiceHandle, monkeypatch: pytest.MonkeyPatch, what: str, known: bool
+) -> None:
+    """As another thread does at any point between two look-ups."""
+    monkeypatch.setattr("openkcm.gateway.subjects.CACHED", 10)
+    keys, crowd = service._subjects, [f"user-{number}" for number in range(11)]
+    meanwhile = {
+        "a kill": keys.forget,
+        "a shred elsewhere": lambda: keys.forget([b"0" * 16]),
+        "a crowd": lambda: (keys._hash_all(crowd), keys._hash_all(crowd[:1])),
+    }[what]
+    names = [Overtaken(name) for name in "abc"]
+    for name in names:
+        name.meanwhile = meanwhile
+    if known:
+        service.encrypt_many([b"x"] * 3, subjects=list("abc"))
+    blobs = service.encrypt_many([b"1", b"2", b"3", b"4"], subjects=[*names, names[0]])
+    assert service.decrypt_many(blobs) == [b"1", b"2", b"3", b"4"]
+    assert service.shred("a")
+    refused(lambda: service.decrypt(blobs[3]), KeyDestroyed)
+    assert service.decrypt(blobs[1]) == b"2"
 
 
 def test_another_gateway_shreds(core: openkcm.Core, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Final
+from typing import Final, cast
 
 from .. import crypto
 from ..crypto import SecretKeys
@@ -106,17 +106,24 @@ class SubjectKeys:
         return hashlib.sha256(self._store.salt + self._service.service_id + subject.encode()).digest()
 
     def _hash_all(self, subjects: Sequence[str]) -> list[bytes]:
-        """Hash subjects, most of which were asked for before: a table has the same ones block after block."""
+        """Hash subjects, most of which were asked for before: a table has the same ones block after block.
+
+        What is remembered may be gone by the next look: a shred, a kill or another caller has it forgotten.
+        """
         known = self._hashes
         if len(known) > CACHED:
-            known.clear()
+            known = self._hashes = {}
         try:
-            missing = [name for name in subjects if name not in known]
+            found = list(map(known.get, subjects))
         except TypeError:
             return [self.hash(each) for each in subjects]  # one of them is no text, which it says
-        if missing:
-            known.update(zip(missing, self._hash_new(missing), strict=True))
-        return [known[name] for name in subjects]
+        if None not in found:
+            return cast(list[bytes], found)
+        missing = [name for name, each in zip(subjects, found, strict=True) if each is None]
+        fresh = self._hash_new(missing)
+        known.update(zip(missing, fresh, strict=True))
+        rest = iter(fresh)
+        return [each or next(rest) for each in found]
 
     def _hash_new(self, subjects: Sequence[str]) -> list[bytes]:
         """Hash subjects, all checked at once; where one cannot be a subject, ``hash`` says so."""
@@ -378,7 +385,7 @@ class SubjectKeys:
     def forget(self, ids: Sequence[bytes] | None = None) -> None:
         """Drop cached wrapped keys: these, or all."""
         # Ids do not say which names were theirs, and of a subject that is shredded not even the name is kept.
-        self._hashes.clear()
+        self._hashes = {}
         with self._lock:
             if ids is None:
                 self._by_id.clear()
