@@ -4,7 +4,8 @@
 Invariant: there is one thread, and a greenlet gives way only in ``block``; between two calls of it nothing else of ours
 runs, so that what is done under a condition's lock needs none. A task that is cancelled while it waits has
 CancelledError raised where its greenlet stands, which unwinds as from any other error: what was locked is given back
-and what was opened is wiped. What was handed to somebody who is gone by then is handed on.
+and what was opened is wiped. What was handed to somebody who is gone by then is handed on. What works elsewhere, under
+these keys or in the caller's memory, has ended before it unwinds.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Final, ParamSpec, TypeVar, cast
 
 from ..errors import ConfigurationError, InvalidInput
@@ -63,6 +64,30 @@ def _check_green() -> greenlet:
     if not isinstance(current, _Green):
         raise Blocked
     return current
+
+
+class _Call:
+    """A call in the executor, which may be given up before it begins, and else be waited for."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self._function: Callable[[], object] | None = function
+        self._lock = threading.Lock()  # taken by who runs it, or for ever by who gives it up
+
+    def __call__(self) -> object:
+        if not self._lock.acquire(blocking=False):
+            return None
+        function, self._function = self._function, None
+        try:
+            return function() if function is not None else None
+        finally:
+            self._lock.release()
+
+    def give_up(self, wait: bool = False) -> bool:
+        """Have it not begin; False where it is under way, unless this is to ``wait``, with its thread, for its end."""
+        if not self._lock.acquire(blocking=wait):
+            return False
+        self._function = None  # and what that holds on to
+        return True
 
 
 class Loop:
@@ -138,11 +163,61 @@ class Loop:
         return self.get().create_future()
 
     def apart(self, function: Callable[[], T]) -> T:
-        """Call something in a thread of the loop's default executor; where this is one, here."""
+        """Call something in a thread of the loop's default executor; where this is one, here.
+
+        Who is cancelled does not wait for it: it ends by itself, and its result is dropped.
+        """
         if self._thread and not self.is_here():
             return function()
         _check_green()  # before it has begun
         return block(self.get().run_in_executor(None, function))
+
+    def apart_to_the_end(self, function: Callable[[], T]) -> T:
+        """As ``apart``; when this returns or raises, it has ended, or has not begun and never will.
+
+        For what works under keys, or in memory, that whoever called wipes or gives back on the way out.
+        """
+        if self._thread and not self.is_here():
+            return function()
+        _check_green()
+        call = _Call(function)
+        future = self.get().run_in_executor(None, call)
+        try:
+            self._until_done(future)
+        except asyncio.CancelledError:
+            if call.give_up():
+                future.cancel()
+            else:
+                self.outlast([future])
+            raise
+        except BaseException:
+            call.give_up(wait=True)  # the loop has ended, and there is nothing else to wait with
+            raise
+        return cast(T, future.result())
+
+    def outlast(self, futures: Sequence[asyncio.Future[Any]]) -> None:
+        """Wait until all have ended, in a greenlet that may be cancelled meanwhile: it hears of that afterwards."""
+        cancelled: asyncio.CancelledError | None = None
+        for each in futures:
+            while not each.done():
+                try:
+                    self._until_done(each)
+                except asyncio.CancelledError as error:
+                    cancelled = error
+        if cancelled is not None:
+            raise cancelled
+
+    def _until_done(self, future: asyncio.Future[Any]) -> None:
+        """Wait for a future, which goes on where who waits is cancelled."""
+        ended = self.future()
+
+        def tell(done: asyncio.Future[Any]) -> None:
+            if not done.cancelled():
+                done.exception()  # else asyncio logs it where who waits was cancelled
+            _wake(ended)
+
+        future.add_done_callback(tell)
+        block(ended)
 
     def after_fork(self) -> None:
         """The parent's loop is not the child's."""

@@ -14,6 +14,7 @@ from functools import partial, wraps
 from typing import Any, Final, TypeVar, cast
 
 from .. import waiting
+from ..errors import CoreUnavailable
 from ..gateway.keystore import NoKeyStore
 from .green import GreenCondition, GreenEvent, GreenLock, GreenTimer, Loop
 from .sockets import connect, secure
@@ -78,25 +79,14 @@ class Green:
 
     def together(self, count: int, work: Callable[[], None], name: str) -> None:
         """As ``Waiting``."""
-        left = count - 1
-        ended = self.event()
-
-        def one() -> None:
-            nonlocal left
-            try:
-                work()
-            finally:
-                left -= 1
-                if not left:
-                    ended.set()
-
-        for number in range(1, count):
-            self.spawn(one, f"{name}-{number}")
+        others = [self.loop.spawn(self.loop.run(work), f"{name}-{number}") for number in range(1, count)]
         try:
             work()
         finally:
-            if count > 1:
-                ended.wait()
+            self.loop.outlast(others)
+        if any(each.cancelled() for each in others):
+            # By the Core's close, which ends what was spawned; what was theirs to do may not have been done.
+            raise CoreUnavailable("this Core was closed while it was worked on", retryable=False)
 
     def connect(self, host: str, port: int, seconds: float) -> socket.socket:
         """As ``Waiting``."""
@@ -114,7 +104,7 @@ class Green:
         @wraps(function)
         def call(*args: Any) -> Any:
             if is_heavy(args[at]):
-                return self.loop.apart(partial(function, *args))
+                return self.loop.apart_to_the_end(partial(function, *args))
             return function(*args)
 
         return cast(F, call)
@@ -126,7 +116,7 @@ class Green:
         def call(*args: Any) -> Any:
             cells = args[1]
             if cells.total + cells.count * RECORD_BYTES > HEAVY_BYTES:
-                return self.loop.apart(partial(function, *args))
+                return self.loop.apart_to_the_end(partial(function, *args))
             return function(*args)
 
         return cast(F, call)
