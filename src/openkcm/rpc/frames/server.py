@@ -32,6 +32,7 @@ from ...errors import AccessDenied, CoreUnavailable, FormatError
 from .. import wire
 from ..peer import Peer, Peers
 from ..server.denials import Denials
+from ..server.streams import OPENING_SECONDS, OPENINGS
 from . import format as frames
 from .connection import Connection, Refused, listen
 from .format import Frame
@@ -116,6 +117,8 @@ class FrameServer:
         self._denials = denials
         self._peers = Peers()
         self._gate: Gate[Connection] = Gate(bounds.threads, bounds.waiting, bounds.waiting_bytes)
+        # Watch streams are begun by threads more than the others, since the store may keep each of them waiting.
+        self._openings: Gate[Connection] = Gate(OPENINGS, bounds.connections, bounds.waiting_bytes)
         self._lock = threading.Lock()
         self._connections: dict[int, Connection] = {}
         self._shaking: OrderedDict[int, Connection] = OrderedDict()
@@ -145,7 +148,8 @@ class FrameServer:
         """Listen."""
         self._epoll.register(self._wake, select.EPOLLIN)
         self._epoll.register(self._listening, select.EPOLLIN | select.EPOLLONESHOT)
-        count = self._bounds.threads + max(self._bounds.threads // 2, 1) + SPARE_THREADS
+        count = self._bounds.threads + max(self._bounds.threads // 2, 1) + SPARE_THREADS + OPENINGS
+        self._pump.start()
         self._threads = [threading.Thread(target=self._keep, name="openkcm-keeper", daemon=True)]
         self._threads += [
             threading.Thread(target=self._work, name=f"openkcm-frames-{at}", daemon=True)
@@ -334,18 +338,25 @@ class FrameServer:
                     return None
                 if not self._let_through(connection, frame):
                     if not connection.out:
-                        return None  # it waits for its turn, or is a stream now
+                        return None  # it waits for its turn
                     frame = None
                     continue
-            self._answer(connection, frame)
+            gate = self._gate_of(frame)
+            streams = self._carry_out(connection, frame)
             frame = None
-            following = self._gate.done()
-            if following is not None:
-                self._guard(connection, self._settle, 0)
+            following = gate.done()
+            if following is not None or streams:
+                if not streams:
+                    self._guard(connection, self._settle, 0)
+                if following is None:
+                    return None
                 other, other_frame = following
                 other.frame = other_frame
                 return other
         return None
+
+    def _gate_of(self, frame: Frame) -> Gate[Connection]:
+        return self._openings if frame.method == frames.WATCH else self._gate
 
     def _settle(self, connection: Connection, _: int) -> None:
         """Send what is to be sent, and let go of the connection."""
@@ -360,27 +371,28 @@ class FrameServer:
             return False
         if frame.type != frames.REQUEST:
             raise FormatError("only requests go to a Core")
-        if frame.method == frames.WATCH:
-            self._begin_stream(connection, frame)
-            return False
-        connection.until = time.monotonic() + frame.millis / 1000
-        now = self._gate.enter(connection, frame)
+        connection.until = time.monotonic() + (frame.millis / 1000 or OPENING_SECONDS)
+        now = self._gate_of(frame).enter(connection, frame)
         if now is None:
             self._fail(
                 connection, frame, CoreUnavailable("this Core has more calls than it takes; try another")
             )
         return bool(now)
 
-    def _answer(self, connection: Connection, frame: Frame) -> None:
+    def _carry_out(self, connection: Connection, frame: Frame) -> bool:
+        """Do what a request asks for; whether the connection is a stream's now, and out of our hands."""
         peer = connection.peer
         assert peer is not None
         try:
             if time.monotonic() > connection.until:
                 raise CoreUnavailable("this Core did not get to it in time")
+            if frame.method == frames.WATCH:
+                return self._begin_stream(connection, peer, frame)
             reply = self._handlers.call(frames.METHODS[frame.method - 1], peer, frame.payload)
             connection.out = frames.reply_parts(frames.REPLY, frame.call, reply)
         except Exception as error:
             self._fail(connection, frame, error)
+        return False
 
     def _fail(self, connection: Connection, frame: Frame, error: BaseException) -> None:
         failure = wire.failure_of(error)
@@ -413,21 +425,16 @@ class FrameServer:
         connection.out = frames.reply_parts(frames.HELLO, 0, b"")
         connection.deadline = None
 
-    def _begin_stream(self, connection: Connection, frame: Frame) -> bool:
-        """Make a connection a stream's; False where that is refused."""
-        peer = connection.peer
-        assert peer is not None
+    def _begin_stream(self, connection: Connection, peer: Peer, frame: Frame) -> bool:
         connection.sock.settimeout(0)
         try:
             self._handlers.check_peer(peer)
-            stream = self._pump.begin(connection, peer, frame, self._streams)
+            connection.stream = self._pump.begin(connection, peer, frame, self._streams)
         except Exception as error:
             self._handlers.refused(error, "Watch", peer)
-            self._fail(connection, frame, error)
-            return False
-        connection.stream = stream
+            raise
         self._epoll.modify(connection.sock.fileno(), _READ)
-        self._pump.add(stream)
+        self._pump.add(connection.stream)
         return True
 
     def _park(self, connection: Connection, events: int) -> None:

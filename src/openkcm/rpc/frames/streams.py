@@ -81,7 +81,11 @@ class Pump:
         # All wait equally long, so that who was appended first is due first.
         self._beats: deque[tuple[float, Stream]] = deque()
         self._stopped = False
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._run, name="openkcm-streams", daemon=True)
+
+    def start(self) -> None:
+        """Begin to tell."""
+        self._thread.start()
 
     def begin(self, carrier: Carrier, peer: Peer, frame: Frame, source: StreamSource) -> Stream:
         """Open a stream; its connection must be given to ``add`` to have it told.
@@ -99,9 +103,6 @@ class Pump:
         with self._wake:
             self._woken[stream] = None
             self._beats.append((time.monotonic() + HEARTBEAT_SECONDS, stream))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="openkcm-streams", daemon=True)
-                self._thread.start()
             self._wake.notify()
 
     def end(self, stream: Stream) -> None:
@@ -121,7 +122,7 @@ class Pump:
         with self._wake:
             self._stopped = True
             self._wake.notify()
-        if self._thread is not None:
+        if self._thread.ident is not None:
             self._thread.join(timeout=5)
 
     # ---- its thread ----------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from .config import ServeConfig
 from .denials import Denials
 from .failures import Answers, Logged
 from .handlers import KeyHandlers
-from .streams import Streams
+from .streams import OPENINGS, Streams
 
 logger = logging.getLogger("openkcm.rpc")
 
@@ -73,7 +73,10 @@ class CoreServer:
         self.streams = Streams(self.core, config.limits.streams)
         self.handlers = KeyHandlers(self.core, self.certificates.credentials, SessionTable(), self.denials)
         self.certificates.listen(self._take_up)
-        self._watchers = ThreadPoolExecutor(config.limits.streams, thread_name_prefix="openkcm-stream")
+        # A few more, so that a stream above the limit is told so.
+        self._watchers = ThreadPoolExecutor(
+            config.limits.streams + OPENINGS, thread_name_prefix="openkcm-stream"
+        )
         self._arrivals = Arrivals()
         self._killers = ThreadPoolExecutor(KILL_THREADS, thread_name_prefix="openkcm-kill")
 

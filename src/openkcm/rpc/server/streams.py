@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Final
 
 from ...core import Core
-from ...errors import AccessDenied, LimitExceeded, StoreUnavailable
+from ...errors import AccessDenied, CoreUnavailable, LimitExceeded, StoreUnavailable
 from ...keys import EVERY, Change, Event
 from .. import keys_pb2 as pb
 from .. import wire
@@ -29,6 +29,11 @@ LAG_SECONDS: Final = 2.0
 MOST_WAITING: Final = 10_000
 """Events that wait for a slow peer; one that falls further behind must drop all it holds."""
 MOST_IDS: Final = 16_384
+
+OPENINGS: Final = 4
+"""Streams that ask the store at a time what they missed: it may not answer, and others need its connections."""
+OPENING_SECONDS: Final = 2.0
+"""How long others wait for their turn; a Gateway waits no longer for a stream's first word."""
 
 
 class Subscriber:
@@ -109,6 +114,8 @@ class Streams:
         self._most = most
         self._lock = threading.Lock()
         self._subscribers: set[Subscriber] = set()
+        self._opening = threading.Semaphore(OPENINGS)
+        self._closed = False
         self._positions: deque[tuple[float, int]] = deque()
         self.vault_id = core.vault_id
         self._unwatch = core.watch(self._tell)
@@ -130,6 +137,8 @@ class Streams:
         Raises:
             AccessDenied: the peer has no grant at all.
             LimitExceeded: there are too many streams.
+            CoreUnavailable: too many are being begun, or this Core ends.
+            StoreUnavailable: what was missed is not known.
         """
         access = self._core.access
         if not access.sees(peer.identity, EVERY):
@@ -140,16 +149,17 @@ class Streams:
 
         subscriber = Subscriber(self, peer, allows, woken)
         with self._lock:
+            if self._closed:
+                raise CoreUnavailable("this Core ends; try another")
             if len(self._subscribers) >= self._most:
                 raise LimitExceeded("this Core has as many watch streams as it takes; try another")
             self._subscribers.add(subscriber)
-        # Only now, being told already of what comes: what came before.
-        missed = self._missed(request)
-        if missed is None:
-            subscriber.reset()
-        else:
-            for event in missed:
-                subscriber.add(event)
+        try:
+            # Only now, being told already of what comes: what came before.
+            self._tell_missed(subscriber, request)
+        except BaseException:
+            self.drop(subscriber)
+            raise
         return subscriber
 
     def drop(self, subscriber: Subscriber) -> None:
@@ -158,9 +168,10 @@ class Streams:
             self._subscribers.discard(subscriber)
 
     def close(self) -> None:
-        """End every stream."""
+        """End every stream, and begin none."""
         self._unwatch()
         with self._lock:
+            self._closed = True
             subscribers = list(self._subscribers)
         for each in subscribers:
             each.close()
@@ -211,12 +222,25 @@ class Streams:
         for each in subscribers:
             each.put(Event(Change.ROTATED, ""))
 
+    def _tell_missed(self, subscriber: Subscriber, request: pb.WatchRequest) -> None:
+        missed = self._missed(request)
+        if missed is None:
+            subscriber.reset()
+        else:
+            for event in missed:
+                subscriber.add(event)
+
     def _missed(self, request: pb.WatchRequest) -> list[Event] | None:
         if not request.vault:
             return []  # a Gateway that holds nothing yet
         if request.vault != self.vault_id:
             return None
-        return self._core.changes_after(request.position)
+        if not self._opening.acquire(timeout=OPENING_SECONDS):
+            raise CoreUnavailable("this Core has more watch streams to begin than it can; try another")
+        try:
+            return self._core.changes_after(request.position)
+        finally:
+            self._opening.release()
 
     def _tell(self, event: Event) -> None:
         with self._lock:
