@@ -21,6 +21,7 @@ import pytest
 import openkcm
 from fault_support import SOAK, PostgresSite, until
 from openkcm.errors import CoreUnavailable, TenantDark
+from openkcm.rpc.client.own import OwnFiles
 from openkcm.rpc.client.remote import RemoteCore
 from openkcm.rpc.frames.client import FrameTransport
 from openkcm.rpc.transport import Stream
@@ -49,6 +50,10 @@ class Split:
         """As ``Transport.stream``."""
         return self._streams.stream(method, request)
 
+    def retire(self) -> None:
+        """As ``Transport.retire``."""
+        raise AssertionError("no certificate is replaced here")
+
     def close(self) -> None:
         """As ``Transport.close``."""
         self._calls.close()
@@ -65,7 +70,7 @@ class Place:
         self.calls = stack.enter_context(TcpProxy(target))
         self.streams = stack.enter_context(TcpProxy(target))
 
-    def transport(self, _: str) -> Split:
+    def transport(self) -> Split:
         """A connector's answer."""
         calls, streams = (
             FrameTransport(f"127.0.0.1:{proxy.port}", self._tls.pem) for proxy in (self.calls, self.streams)
@@ -89,7 +94,10 @@ class Decrypting:
     def __init__(self, site: PostgresSite, places: list[Place], service: str) -> None:
         ways = {f"127.0.0.1:{place.calls.port}": place for place in places}
         self.remote = RemoteCore(
-            list(ways), lambda address: ways[address].transport(address), site.tls().load(), deadline=2.0
+            list(ways),
+            lambda address, reading: ways[address].transport(),
+            OwnFiles(site.tls().read),
+            deadline=2.0,
         )
         self.gateway = openkcm.Gateway(self.remote)
         handle = self.gateway.service("acme", service)

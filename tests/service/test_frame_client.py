@@ -16,7 +16,14 @@ from typing import Any
 import pytest
 
 from frame_support import SECONDS, Place, eventually, frame, read_frame
-from openkcm.errors import ConfigurationError, CoreUnavailable, FormatError, InvalidInput
+from openkcm.errors import (
+    AccessDenied,
+    ConfigurationError,
+    CoreUnavailable,
+    FormatError,
+    InvalidInput,
+    KeyNotFound,
+)
 from openkcm.rpc.frames import format as frames
 from openkcm.rpc.frames.client import FrameTransport
 from openkcm.testing.tcp_proxy import TcpProxy
@@ -289,6 +296,42 @@ def test_a_new_certificate_is_used_for_new_connections(place: Place) -> None:
         client._drop_idle()
         client.ping(SECONDS)
         assert len(set(seen)) == 2
+
+
+def test_a_connection_whose_certificate_may_be_refused_is_not_used_again(place: Place) -> None:
+    def answer(error: Exception) -> bytes:
+        raise error
+
+    with place.serve() as server, contextlib.closing(place.connect(server.port)) as client:
+        for error, left in ((KeyNotFound("none"), 1), (AccessDenied("no"), 0), (KeyNotFound("none"), 1)):
+            place.handlers.act = lambda name, data, error=error: answer(error)  # type: ignore[misc]
+            refused(lambda: client.call("WrapKeys", b"", SECONDS), type(error))
+            assert client._count == len(client._idle) == left
+
+
+def test_a_retired_transport_finishes_its_calls_and_keeps_no_connection(place: Place) -> None:
+    go, came = threading.Event(), threading.Event()
+
+    def act(name: str, data: bytes) -> bytes:
+        came.set()
+        assert go.wait(SECONDS)
+        return data
+
+    with place.serve() as server, contextlib.closing(place.connect(server.port)) as client:
+        client.ping(SECONDS)
+        place.handlers.act = act
+        answers: list[bytes] = []
+        caller = threading.Thread(target=lambda: answers.append(client.call("WrapKeys", b"x", SECONDS)))
+        caller.start()
+        assert came.wait(SECONDS)
+        client.retire()
+        assert client._count == 1
+        go.set()
+        caller.join(SECONDS)
+        assert answers == [b"x"]
+        assert client._count == 0
+        assert client.call("WrapKeys", b"y", SECONDS) == b"y"  # of who had it in hand already
+        assert client._count == 0
 
 
 def test_a_certificate_that_is_not_there_is_told(place: Place) -> None:

@@ -16,8 +16,9 @@ from openkcm.pki import DevelopmentCA
 from openkcm.rpc import keys_pb2 as pb
 from openkcm.rpc.client import endpoint as endpoint_module
 from openkcm.rpc.client import remote as client_module
+from openkcm.rpc.client.own import OwnFiles
 from openkcm.rpc.client.remote import RemoteCore
-from openkcm.rpc.credentials import Credentials
+from openkcm.rpc.credentials import read_files
 from openkcm.rpc.transport import Stream
 from remote_support import until
 from support import refused
@@ -46,6 +47,9 @@ class FakeTransport:
     def stream(self, method: str, request: bytes) -> Stream:
         raise CoreUnavailable("nobody watches here")
 
+    def retire(self) -> None:
+        raise AssertionError("no certificate is replaced here")
+
     def close(self) -> None:
         self.closed.set()
 
@@ -71,28 +75,30 @@ GONE = fail(CoreUnavailable("the connection was cut"))
 class Addresses:
     """Three addresses and a client of them."""
 
-    def __init__(self, credentials: Credentials) -> None:
+    def __init__(self, own: OwnFiles) -> None:
         self.all = {f"127.0.0.1:{port}": FakeTransport() for port in (1, 2, 3)}
         self.first, self.second, self.third = self.all.values()
-        self.credentials = credentials
+        self.own = own
 
     def connect(self, count: int = 3, **options: Any) -> RemoteCore:
-        return RemoteCore(list(self.all)[:count], self.all.__getitem__, self.credentials, **options)
+        return RemoteCore(
+            list(self.all)[:count], lambda address, reading: self.all[address], self.own, **options
+        )
 
     def asked(self) -> list[int]:
         return [each.asked() for each in self.all.values()]
 
 
 @pytest.fixture(scope="module")
-def credentials(tmp_path_factory: pytest.TempPathFactory) -> Credentials:
+def own(tmp_path_factory: pytest.TempPathFactory) -> OwnFiles:
     ca = DevelopmentCA.create(tmp_path_factory.mktemp("pki"))
     issued = ca.issue_client("gateway", spiffe="spiffe://example/gateway")
-    return Credentials.load(issued.certificate, issued.key, ca.certificate_path)
+    return OwnFiles(lambda: read_files(issued.certificate, issued.key, ca.certificate_path))
 
 
 @pytest.fixture
-def addresses(credentials: Credentials) -> Iterator[Addresses]:
-    made = Addresses(credentials)
+def addresses(own: OwnFiles) -> Iterator[Addresses]:
+    made = Addresses(own)
     yield made
     for each in made.all.values():
         each.close()
@@ -179,10 +185,10 @@ def test_a_closed_core_says_so(addresses: Addresses) -> None:
     assert addresses.asked() == [0, 0, 0]
 
 
-def test_nothing_is_connected_before_it_is_used(credentials: Credentials) -> None:
-    made: list[str] = []
+def test_nothing_is_connected_before_it_is_used(own: OwnFiles) -> None:
+    made: list[object] = []
     before = threading.active_count()
-    core = RemoteCore(["127.0.0.1:1"], made.append, credentials)  # type: ignore[arg-type]
+    core = RemoteCore(["127.0.0.1:1"], lambda *given: made.append(given), own)  # type: ignore[arg-type]
     core.watch(lambda event: None)
     assert made == []
     assert threading.active_count() == before
@@ -190,13 +196,13 @@ def test_nothing_is_connected_before_it_is_used(credentials: Credentials) -> Non
 
 
 @pytest.mark.parametrize("address", ["", "host", "host:", ":1", "host:65536", "host:x", "host:-1"])
-def test_addresses_are_checked(address: str, credentials: Credentials, tmp_path: Path) -> None:
-    refused(lambda: RemoteCore([address], FakeTransport, credentials), InvalidInput)  # type: ignore[arg-type]
+def test_addresses_are_checked(address: str, own: OwnFiles, tmp_path: Path) -> None:
+    refused(lambda: RemoteCore([address], FakeTransport, own), InvalidInput)  # type: ignore[arg-type]
 
 
-def test_there_is_an_address_and_a_deadline(credentials: Credentials) -> None:
-    refused(lambda: RemoteCore([], FakeTransport, credentials), InvalidInput)  # type: ignore[arg-type]
+def test_there_is_an_address_and_a_deadline(own: OwnFiles) -> None:
+    refused(lambda: RemoteCore([], FakeTransport, own), InvalidInput)  # type: ignore[arg-type]
     refused(
-        lambda: RemoteCore(["127.0.0.1:1"], FakeTransport, credentials, deadline=0),  # type: ignore[arg-type]
+        lambda: RemoteCore(["127.0.0.1:1"], FakeTransport, own, deadline=0),  # type: ignore[arg-type]
         InvalidInput,
     )

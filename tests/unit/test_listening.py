@@ -11,6 +11,7 @@ import pytest
 import openkcm
 from openkcm.errors import CoreUnavailable
 from openkcm.rpc.client import listener as listener_module
+from openkcm.rpc.client.own import OwnFiles
 from openkcm.rpc.client.remote import RemoteCore
 from openkcm.rpc.frames.client import FrameTransport
 from openkcm.rpc.transport import Stream
@@ -40,6 +41,10 @@ class Partial:
             raise CoreUnavailable("nobody watches here")
         return self._inner.stream(method, request)
 
+    def retire(self) -> None:
+        """As ``Transport.retire``."""
+        self._inner.retire()
+
     def close(self) -> None:
         """As ``Transport.close``."""
         self._inner.close()
@@ -53,7 +58,8 @@ class Two:
             core.set_lease("acme", "records", 600)
         self.all = {f"127.0.0.1:{port}": Partial(f"127.0.0.1:{port}", site.tls()) for port in ports}
         self.first, self.second = self.all.values()
-        self.remote = RemoteCore(list(self.all), self.all.__getitem__, site.tls().load(), deadline=20)
+        own = OwnFiles(site.tls().read)
+        self.remote = RemoteCore(list(self.all), lambda address, reading: self.all[address], own, deadline=20)
         self.gateway = openkcm.Gateway(self.remote)
 
     def listens_to(self, transport: Partial) -> bool:

@@ -16,6 +16,7 @@ import ipaddress
 import os
 import stat
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -99,9 +100,20 @@ class Credentials:
         Raises:
             ConfigurationError: a file is missing, unsafe, or not what it should be.
         """
-        return cls(
-            _read_certificates(Path(certificate)), _read_key(Path(key)), _read_certificates(Path(roots))
-        )
+        return cls._read(certificate, key, roots)[0]
+
+    @classmethod
+    def _read(
+        cls,
+        certificate: str | os.PathLike[str],
+        key: str | os.PathLike[str],
+        roots: str | os.PathLike[str],
+    ) -> tuple[Credentials, tuple[bytes, bytes, bytes]]:
+        """What ``load`` gives, and the files' contents in the order that a Reading has."""
+        chain, chain_pem = _read_certificates(Path(certificate))
+        own, key_pem = _read_key(Path(key))
+        trusted, roots_pem = _read_certificates(Path(roots))
+        return cls(chain, own, trusted), (key_pem, chain_pem, roots_pem)
 
     @property
     def leaf(self) -> bytes:
@@ -167,6 +179,26 @@ class Credentials:
         raise TypeError("credentials cannot be pickled or copied")
 
 
+@dataclass(frozen=True, slots=True, repr=False)
+class Reading:
+    """Credentials as one look into the files found them.
+
+    Attributes:
+        credentials: for the inner channel.
+        pem: for TLS, of the very same bytes: key, chain and roots.
+    """
+
+    credentials: Credentials
+    pem: tuple[bytes, bytes, bytes]
+
+
+def read_files(
+    certificate: str | os.PathLike[str], key: str | os.PathLike[str], roots: str | os.PathLike[str]
+) -> Reading:
+    """As ``Credentials.load``, for who needs the PEM too."""
+    return Reading(*Credentials._read(certificate, key, roots))
+
+
 def check_signature(certificate: x509.Certificate, signature: bytes, message: bytes) -> None:
     """Raise AccessDenied unless this certificate's key made the signature; see ``Credentials.sign``."""
     try:
@@ -227,15 +259,15 @@ def _now() -> datetime:
 # ---- files ---------------------------------------------------------------------------------------------
 
 
-def _read_certificates(path: Path) -> list[x509.Certificate]:
+def _read_certificates(path: Path) -> tuple[list[x509.Certificate], bytes]:
     data, _ = _read(path)
     try:
-        return x509.load_pem_x509_certificates(data)
+        return x509.load_pem_x509_certificates(data), data
     except ValueError:
         raise ConfigurationError(f"{path} holds no certificates in PEM; put the right file there") from None
 
 
-def _read_key(path: Path) -> Any:
+def _read_key(path: Path) -> tuple[Any, bytes]:
     data, status = _read(path)
     credential = is_credential(path)
     if status.st_uid != os.geteuid() and not (credential and status.st_uid == 0):
@@ -247,7 +279,7 @@ def _read_key(path: Path) -> Any:
             f"the private key {path} can be read by others; assume they have: replace it, and chmod 600 the new one"
         )
     try:
-        return load_pem_private_key(data, password=None)
+        return load_pem_private_key(data, password=None), data
     except TypeError:
         raise ConfigurationError(
             f"the private key {path} has a passphrase; store it without one, mode 600"

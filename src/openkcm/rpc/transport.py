@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from .credentials import Reading
+
 
 class Stream(Protocol):
     """A stream of replies that is under way."""
@@ -25,7 +27,7 @@ class Stream(Protocol):
 
 
 class Transport(Protocol):
-    """Calls to one address over one connection, shared by all threads."""
+    """Calls to one address with one certificate, shared by all threads."""
 
     def call(self, method: str, request: bytes, seconds: float) -> bytes:
         """Make a call of the data interface.
@@ -43,9 +45,12 @@ class Transport(Protocol):
     def stream(self, method: str, request: bytes) -> Stream:
         """Begin a stream."""
 
+    def retire(self) -> None:
+        """Another takes its place: calls and streams under way go on, and what none of them needs is closed."""
+
     def close(self) -> None:
         """Close the connection; calls under way end."""
 
 
-Connector = Callable[[str], Transport]
-"""Makes the transport to an address, ``HOST:PORT``; connects when it is first used."""
+Connector = Callable[[str, Reading], Transport]
+"""Makes the transport to an address, ``HOST:PORT``, that shows a certificate; connects when it is first used."""

@@ -15,9 +15,11 @@ from typing import Final
 
 from ...errors import InvalidInput
 from ...waiting import THREADS, Waiting
+from ..credentials import Reading, read_files
 from ..frames.client import FrameTransport
 from ..session import Credentials
 from ..transport import Transport
+from .own import OwnFiles
 from .remote import RemoteCore
 
 GRPC: Final = "grpc://"
@@ -48,6 +50,10 @@ class TLS:
         """
         return Credentials.load(self.certificate, self.key, self.roots)
 
+    def read(self) -> Reading:
+        """As ``load``, with the PEM of the same reading."""
+        return read_files(self.certificate, self.key, self.roots)
+
     def pem(self) -> tuple[bytes, bytes, bytes]:
         """Key, chain and roots as they stand in the files."""
         return (
@@ -63,7 +69,7 @@ def connect(addresses: str | Sequence[str], *, tls: TLS, deadline: float = 5.0) 
     Args:
         addresses: ``HOST:PORT`` of a Core, or of each of its replicas in the order of preference; over gRPC where
             ``grpc://`` stands before it, else in frames (docs/formats.md), which is several times quicker.
-        tls: this Gateway's certificate and key, and whom to trust.
+        tls: this Gateway's certificate and key, and whom to trust; files that are replaced are taken up within seconds.
         deadline: seconds for which an answer is waited for, all addresses taken together.
 
     Raises:
@@ -80,18 +86,18 @@ def make_core(addresses: str | Sequence[str], tls: TLS, deadline: float, waiting
     wanted = [addresses] if isinstance(addresses, str) else list(addresses)
     return RemoteCore(
         wanted,
-        lambda address: _transport(address, tls, waiting),
-        tls.load(),
+        lambda address, reading: _transport(address, reading, tls.server_name, waiting),
+        OwnFiles(tls.read),
         server_name=tls.server_name,
         deadline=deadline,
         waiting=waiting,
     )
 
 
-def _transport(address: str, tls: TLS, waiting: Waiting) -> Transport:
+def _transport(address: str, reading: Reading, server_name: str | None, waiting: Waiting) -> Transport:
     if not address.startswith(GRPC):
-        return FrameTransport(address, tls.pem, tls.server_name, waiting=waiting)
+        return FrameTransport(address, lambda: reading.pem, server_name, waiting=waiting)
     # gRPC itself only when it is needed, and in the process that needs it: it does not survive a fork.
     from .grpc_client import GrpcTransport
 
-    return GrpcTransport(address.removeprefix(GRPC), tls.pem, tls.server_name)
+    return GrpcTransport(address.removeprefix(GRPC), lambda: reading.pem, server_name)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The addresses of a Core, as a client knows them: connection, session and health of each.
 
-Invariant: one connection and one session an address, shared by all threads; a session is agreed on by one thread while
-the others wait for it, no longer than they wait for their call. An address that did not answer is asked last until it
-has answered a question of our own, asked in the background: no caller waits to find out whether it is back.
+Invariant: one transport and one session an address, shared by all threads and both of the certificate that is in use; a
+session is agreed on by one thread while the others wait for it, no longer than they wait for their call. An address
+that did not answer is asked last until it has answered a question of our own, asked in the background: no caller waits
+to find out whether it is back.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ import time
 import weakref
 from collections.abc import Sequence
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 from ...clock import DICE
 from ...errors import CoreUnavailable, InvalidInput, OpenKCMError
 from ...waiting import THREADS, Event, Waiting
 from .. import keys_pb2 as pb
 from .. import wire
-from ..session import ChannelReply, Credentials, Session, begin, finish
+from ..credentials import Reading
+from ..session import ChannelReply, Session, begin, finish
 from ..transport import Connector, Stream, Transport
+from .own import OwnFiles
 
 FIRST_PAUSE_SECONDS: Final = 0.25
 LONGEST_PAUSE_SECONDS: Final = 5.0
@@ -36,43 +39,66 @@ def left_until(end: float) -> float:
     return max(end - time.monotonic(), 0.001)
 
 
+class _Line(NamedTuple):
+    """A transport, and the certificate that it shows."""
+
+    reading: Reading
+    transport: Transport
+
+
 class Endpoint:
-    """One address."""
+    """One address.
+
+    Attributes:
+        own: this end's certificate; with a new one come a new transport and a new session.
+    """
 
     def __init__(
         self,
         address: str,
         connector: Connector,
-        credentials: Credentials,
+        own: OwnFiles,
         server_name: str | None,
         waiting: Waiting = THREADS,
     ) -> None:
         self.address = address
         self._connector = connector
-        self._credentials = credentials
+        self.own = own
         self._server_name = server_name or host_of(address)
         self._lock = threading.Lock()
         self._agreeing = waiting.lock()
-        self._transport: Transport | None = None
+        self._line: _Line | None = None
+        self._retired: weakref.WeakSet[Transport] = weakref.WeakSet()
         self._session: Session | None = None
         self.failures = 0
 
     def call(self, method: str, request: bytes, end: float) -> bytes:
         """Make a call that is of use until ``end`` (of ``time.monotonic``); see ``Transport.call``."""
-        return self._connected().call(method, request, left_until(end))
+        return self._connected().transport.call(method, request, left_until(end))
 
     def stream(self, method: str, request: bytes) -> Stream:
         """As ``Transport.stream``."""
-        return self._connected().stream(method, request)
+        return self._connected().transport.stream(method, request)
 
-    def _connected(self) -> Transport:
-        transport = self._transport
-        if transport is None:
-            with self._lock:
-                transport = self._transport
-                if transport is None:
-                    transport = self._transport = self._connector(self.address)
-        return transport
+    def _connected(self) -> _Line:
+        reading, line = self.own.now(), self._line
+        if line is None or line.reading is not reading:
+            line = self._connect()
+        return line
+
+    def _connect(self) -> _Line:
+        """Have a transport that shows the newest certificate, which whoever came here with may no longer be."""
+        with self._lock:
+            reading, old = self.own.reading, self._line
+            if old is not None and old.reading is reading:
+                return old
+            line = self._line = _Line(reading, self._connector(self.address, reading))
+            if old is not None:
+                self._retired.add(old.transport)
+        if old is not None:
+            self.drop_session()  # of the old one, which the Core does not know on the new one's connections
+            old.transport.retire()
+        return line
 
     def session(self, end: float) -> Session:
         """The session under which data keys cross to this address, agreed on if there is none.
@@ -94,7 +120,8 @@ class Endpoint:
             self._agreeing.release()
 
     def _agree(self, end: float) -> Session:
-        state, hello = begin(self._credentials)
+        line = self._connected()  # the Core takes the hello only of the certificate that TLS has shown
+        state, hello = begin(line.reading.credentials)
         request = pb.ChannelHello(
             lowest_version=hello.lowest_version,
             highest_version=hello.highest_version,
@@ -102,7 +129,7 @@ class Endpoint:
             certificates=hello.certificates,
             signature=hello.signature,
         )
-        data = self.call("OpenChannel", request.SerializeToString(), end)
+        data = line.transport.call("OpenChannel", request.SerializeToString(), left_until(end))
         reply = wire.parse(pb.ChannelReply.FromString, data)
         return finish(
             state,
@@ -139,9 +166,10 @@ class Endpoint:
         """Wipe the session and close the connection."""
         self.drop_session()
         with self._lock:
-            transport, self._transport = self._transport, None
-        if transport is not None:
-            transport.close()
+            line, self._line = self._line, None
+            transports = [*self._retired, *([line.transport] if line else [])]
+        for each in transports:
+            each.close()
 
 
 class Endpoints:

@@ -65,27 +65,55 @@ class GrpcTransport:
             address, grpc.ssl_channel_credentials(roots, key, chain), options=options
         )
         self._calls: dict[str, grpc.UnaryUnaryMultiCallable] = {}
+        self._under_way: set[object] = set()
+        self._retired = False
 
     def call(self, method: str, request: bytes, seconds: float) -> bytes:
         """As ``Transport.call``."""
         call = self._calls.get(method)
         if call is None:
             call = self._calls[method] = self._channel.unary_unary(f"/{self._service}/{method}")
+        here = object()
+        self._under_way.add(here)
         try:
             answer: bytes = call(request, timeout=seconds)
             return answer
         except grpc.RpcError as error:
             raise self._translated(error) from None
         except ValueError:
-            raise CoreUnavailable("the connection to the Core was closed", retryable=False) from None
+            # Of one that was retired, its successor may be asked.
+            raise CoreUnavailable("the connection to the Core was closed", retryable=self._retired) from None
+        finally:
+            self._end(here)
 
     def stream(self, method: str, request: bytes) -> Stream:
         """As ``Transport.stream``."""
-        return GrpcStream(self._channel.unary_stream(f"/{self._service}/{method}")(request), self._translated)
+        try:
+            call = self._channel.unary_stream(f"/{self._service}/{method}")(request)
+        except ValueError:
+            raise CoreUnavailable("the connection to the Core was closed", retryable=self._retired) from None
+        stream = GrpcStream(call, self._translated, self._end)
+        self._under_way.add(stream)
+        return stream
+
+    def retire(self) -> None:
+        """As ``Transport.retire``: gRPC ends what is under way when its channel is closed."""
+        self._retired = True
+        self._close_unused()
 
     def close(self) -> None:
         """As ``Transport.close``."""
         self._channel.close()
+
+    def _end(self, what: object) -> None:
+        """A call or a stream is over; it may be said twice."""
+        self._under_way.discard(what)
+        if self._retired:
+            self._close_unused()
+
+    def _close_unused(self) -> None:
+        if not self._under_way:
+            self._channel.close()
 
     def _translated(self, error: grpc.RpcError) -> OpenKCMError:
         call: grpc.Call = error  # what gRPC raises is both
@@ -101,9 +129,15 @@ class GrpcTransport:
 class GrpcStream:
     """As ``transport.Stream``."""
 
-    def __init__(self, call: grpc.Call, translated: Callable[[grpc.RpcError], OpenKCMError]) -> None:
+    def __init__(
+        self,
+        call: grpc.Call,
+        translated: Callable[[grpc.RpcError], OpenKCMError],
+        ended: Callable[[object], None],
+    ) -> None:
         self._call = call
         self._translated = translated
+        self._ended = ended
 
     def __iter__(self) -> GrpcStream:
         return self
@@ -112,9 +146,13 @@ class GrpcStream:
         try:
             reply: bytes = next(self._call)
             return reply
-        except grpc.RpcError as error:
-            raise self._translated(error) from None
+        except BaseException as error:
+            self._ended(self)
+            if isinstance(error, grpc.RpcError):
+                raise self._translated(error) from None
+            raise
 
     def cancel(self) -> None:
         """As ``Stream.cancel``."""
         self._call.cancel()
+        self._ended(self)

@@ -20,6 +20,7 @@ from ...limits import KEY_ID_BYTES
 from ...waiting import THREADS, Waiting
 from .. import keys_pb2 as pb
 from .. import wire
+from ..credentials import Reading
 from ..transport import Stream
 from .endpoint import Endpoint, Endpoints
 
@@ -52,6 +53,8 @@ class Watcher:
         self._tell = tell
         self._stop = waiting.event()
         self._stream: Stream | None = None
+        self._endpoint: Endpoint | None = None
+        self._shown: Reading | None = None
         self._vault = b""
         self._position = 0
         self._heartbeat = 0.25
@@ -104,6 +107,7 @@ class Watcher:
         self._returning = False
         try:
             self._opened = awake_clock()
+            self._endpoint, self._shown = endpoint, endpoint.own.now()
             request = pb.WatchRequest(vault=self._vault, position=self._position)
             self._stream = endpoint.stream("Watch", request.SerializeToString())
             for data in self._stream:
@@ -112,7 +116,8 @@ class Watcher:
                 if not self._act(wire.parse(pb.WatchReply.FromString, data)):
                     return heard
         except AccessDenied:
-            self._reset()
+            if endpoint.own.look() is self._shown:  # else it is the old certificate that was refused
+                self._reset()
         except CoreUnavailable as error:
             if not self._returning:
                 self._endpoints.failed(endpoint)
@@ -166,9 +171,14 @@ class Watcher:
                 continue
             if now - max(self._heard, self._opened) > PATIENCE_SECONDS:
                 stream.cancel()  # which its reader takes for an outage
-            elif now - self._opened > RETURN_SECONDS and self._may_return():
+            elif self._is_renewed() or (now - self._opened > RETURN_SECONDS and self._may_return()):
                 self._returning = True
                 stream.cancel()
+
+    def _is_renewed(self) -> bool:
+        """Whether the stream shows a certificate that was replaced, which may end before the stream does."""
+        endpoint = self._endpoint
+        return endpoint is not None and endpoint.own.now() is not self._shown
 
     def _may_return(self) -> bool:
         heard = self._endpoints.heard

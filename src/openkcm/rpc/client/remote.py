@@ -23,6 +23,7 @@ from google.protobuf.message import Message
 from ...clock import DICE, awake_clock
 from ...crypto import SecretKeys, open_keys, random_bytes, seal_keys
 from ...errors import (
+    AccessDenied,
     ChannelExpired,
     CoreUnavailable,
     DecryptError,
@@ -38,11 +39,12 @@ from ...limits import KEY_ID_BYTES, MAX_KEYS_PER_CALL, SERVICE_ID_BYTES
 from ...waiting import THREADS, Waiting
 from .. import keys_pb2 as pb
 from .. import wire
-from ..session import Credentials, Session
+from ..session import Session
 from ..transport import Connector
 from .endpoint import Endpoint, Endpoints
 from .joining import Joined
 from .listener import Watcher
+from .own import OwnFiles
 
 M = TypeVar("M", bound=Message)
 
@@ -71,7 +73,7 @@ class RemoteCore:
     Args:
         addresses: of one Core or of its replicas, in the order of preference.
         connector: makes the transport to an address.
-        credentials: this Gateway's certificate and key, for the inner channel.
+        own: this Gateway's certificate and key.
         server_name: what the Core's certificate must be for; by default each address's host.
         deadline: seconds for which an answer is waited for.
         waiting: how callers wait; the connector's transports wait in the same way.
@@ -84,7 +86,7 @@ class RemoteCore:
         self,
         addresses: Sequence[str],
         connector: Connector,
-        credentials: Credentials,
+        own: OwnFiles,
         *,
         server_name: str | None = None,
         deadline: float = DEADLINE_SECONDS,
@@ -96,7 +98,7 @@ class RemoteCore:
         self.waiting = waiting
         self._closed = False
         self._make: Callable[[], Endpoints] = lambda: Endpoints(
-            [Endpoint(each, connector, credentials, server_name, waiting) for each in addresses], waiting
+            [Endpoint(each, connector, own, server_name, waiting) for each in addresses], waiting
         )
         self._start()
         _instances.add(self)
@@ -308,7 +310,7 @@ class RemoteCore:
                     break
                 try:
                     # None may use up the time of those that come after it.
-                    answer = ask(endpoint, now + (end - now) / (len(endpoints) - at))
+                    answer = _ask_renewed(ask, endpoint, now + (end - now) / (len(endpoints) - at))
                 except CoreUnavailable as error:
                     self._check_open()
                     self._endpoints.failed(endpoint)
@@ -349,6 +351,17 @@ class RemoteCore:
         self._endpoints.forget()
         self._start()
         self._listeners, self._tenants, self._next = listeners, tenants, max(listeners, default=0)
+
+
+def _ask_renewed(ask: Callable[[Endpoint, float], Any], endpoint: Endpoint, end: float) -> Any:
+    """Ask; once more where our certificate was refused, and there is another by now."""
+    shown = endpoint.own.now()
+    try:
+        return ask(endpoint, end)
+    except AccessDenied:
+        if endpoint.own.look() is shown:
+            raise
+    return ask(endpoint, end)
 
 
 def _ask_in_session(ask: Ask, endpoint: Endpoint, end: float) -> Any:

@@ -2,8 +2,9 @@
 """A Core's data interface over frames: a client's few connections to one address.
 
 Invariant: that of ``transport``. A connection on which a call has failed is not used again, so that an answer cannot be
-taken for another call's. The connections used last are used first, so that few stay open. A forked child closes its
-descriptors of its parent's connections, says nothing on them, and makes its own.
+taken for another call's; nor is one whose certificate may be what the Core refuses. The connections used last are used
+first, so that few stay open. A forked child closes its descriptors of its parent's connections, says nothing on them,
+and makes its own.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 import weakref
 from typing import Final
 
-from ...errors import ConfigurationError, CoreUnavailable, OpenKCMError
+from ...errors import AccessDenied, ConfigurationError, CoreUnavailable, OpenKCMError
 from ...waiting import THREADS, Waiting
 from ..client.endpoint import host_of
 from . import format as frames
@@ -55,6 +56,7 @@ class FrameTransport:
         self._most = most
         self.waiting = waiting
         self._closed = False
+        self._retired = False
         self._pem: frames.PEM | None = None
         self._context: ssl.SSLContext | None = None
         self._start()
@@ -90,16 +92,26 @@ class FrameTransport:
         except BaseException:
             self._discard(link)
             raise
-        self._give(link)
-        if frame.type == frames.FAILURE:
-            raise failure(frame)
-        return frame.payload
+        if frame.type != frames.FAILURE:
+            self._give(link)
+            return frame.payload
+        error = failure(frame)
+        if isinstance(error, AccessDenied):
+            self._discard(link)
+        else:
+            self._give(link)
+        raise error
 
     def stream(self, method: str, request: bytes) -> FrameStream:
         """As ``Transport.stream``; connects when the first reply is asked for."""
         stream = FrameStream(self, frames.NUMBERS[method], request)
         self._streams.add(stream)
         return stream
+
+    def retire(self) -> None:
+        """As ``Transport.retire``."""
+        self._retired = True
+        self._drop_idle()
 
     def close(self) -> None:
         """As ``Transport.close``."""
@@ -185,7 +197,7 @@ class FrameTransport:
 
     def _give(self, link: Link) -> None:
         self._idle.append(link)
-        if self._closed:
+        if self._closed or self._retired:
             self._drop_idle()
         elif self._waiting:
             with self._changed:
