@@ -50,11 +50,15 @@ demo-regions: $(VENV)/.native  ## Two regions under load on one screen: unplugge
 	$(BOOTSTRAP) python demo
 	@$(BIN)/openkcm demo-regions $(ARGS)
 
-# One backend's tests: two at a time, but for those that hold a promise under load, which a busy machine would break.
+# Tests that hold a promise under load, which a busy machine would break: they run alone.
+ALONE := $(patsubst %,tests/adversarial/test_%.py,memory_scan starvation threads unplug)
+
+# One backend's tests: two at a time, and then those that run alone.
 define backend_tests
 echo "== the $(2) backend"; \
-OPENKCM_BACKEND=$(1) $(PYTEST) -n 2 $(3) tests/unit tests/contract tests/fuzz </dev/null || status=1; \
-OPENKCM_BACKEND=$(1) $(PYTEST) $(3) tests/adversarial </dev/null || status=1;
+OPENKCM_BACKEND=$(1) $(PYTEST) -n 2 $(3) $(ALONE:%=--ignore=%) \
+    tests/unit tests/contract tests/fuzz tests/adversarial </dev/null || status=1; \
+OPENKCM_BACKEND=$(1) $(PYTEST) $(filter-out $(patsubst --ignore=%,%,$(3)),$(ALONE)) </dev/null || status=1;
 endef
 
 # What has to hold whichever engine does AES-256-GCM.
