@@ -17,7 +17,8 @@ from openkcm.pki import DevelopmentCA, Issued
 from openkcm.rpc import keys_pb2 as pb
 from openkcm.rpc.frames import format as frames
 from openkcm.rpc.frames.client import FrameTransport
-from openkcm.rpc.frames.server import Bounds, FrameServer
+from openkcm.rpc.frames.gate import Bounds
+from openkcm.rpc.frames.server import FrameServer
 from openkcm.rpc.server.denials import Denials
 
 SECONDS = 10.0

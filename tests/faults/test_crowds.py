@@ -188,7 +188,7 @@ def test_a_crowd_leaves_others_their_latency_and_the_core_its_memory(
     site = Site(tmp_path)
     with ExitStack() as stack:
         stack.enter_context(descriptors(count * 2 + 500))
-        replica = stack.enter_context(site.start())
+        replica = stack.enter_context(site.start(**{"limits.peer_connections": 6000}))
         one = stack.enter_context(client(site, replica, way))
         before, kib = one.p99(), resident_kib(replica.pid)
         many = stack.enter_context(crowd(site, replica, way))

@@ -102,6 +102,19 @@ def test_a_mistake_is_told_by_name(site: Site, settings: dict[str, object], said
     assert any(said in each for each in mistakes(site, **wrong)), mistakes(site, **wrong)
 
 
+def test_one_certificates_share_is_a_part_of_the_whole_and_can_be_set(site: Site) -> None:
+    for limits, shares in (
+        ({}, (1000, 200)),
+        ({"limits.connections": 50, "limits.streams": 4000}, (32, 800)),
+        ({"limits.peer_connections": 3, "limits.peer_streams": 7}, (3, 7)),
+    ):
+        found = read(site, **limits).limits
+        assert (found.peer_connections, found.peer_streams) == shares
+    assert any(
+        each.startswith("limits.peer_streams: is") for each in mistakes(site, **{"limits.peer_streams": 0})
+    )
+
+
 def test_what_is_no_toml_is_said_to_be_none(tmp_path: Path) -> None:
     path = tmp_path / "core.toml"
     for content in (b"store = ", b"\xff\xfe"):

@@ -195,7 +195,7 @@ def test_5000_connections_leave_others_their_latency_and_the_server_its_memory(p
     context = frames.client_context(place.pem(place.client))
     memory = psutil.Process().memory_info
     try:
-        with place.serve(connections=5001) as server, contextlib.ExitStack() as stack:
+        with place.serve(connections=5001, peer_connections=5001) as server, contextlib.ExitStack() as stack:
             before = memory().rss
             for _ in range(5000):
                 stack.enter_context(place.raw(server.port, context))

@@ -4,14 +4,18 @@
 from __future__ import annotations
 
 import contextlib
+import socket
+import ssl
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from frame_support import SECONDS, Place, Told, eventually, frame, read_frame
+from frame_support import SECONDS, Place, Told, eventually, frame, is_ended, read_frame
+from openkcm.errors import AccessDenied, StoreUnavailable
 from openkcm.rpc import keys_pb2 as pb
+from openkcm.rpc import wire
 from openkcm.rpc.frames import format as frames
 from openkcm.rpc.frames import server as frame_server
 from openkcm.rpc.server.streams import OPENINGS
@@ -20,6 +24,81 @@ from openkcm.rpc.server.streams import OPENINGS
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
+
+
+def context_of(place: Place, name: str) -> ssl.SSLContext:
+    """What another client connects with."""
+    return frames.client_context(place.pem(place.ca.issue_client(name)))
+
+
+# ---- connections of one certificate ------------------------------------------------------------------
+
+
+def test_one_certificate_has_not_all_connections(place: Place) -> None:
+    with place.serve(connections=10, peer_connections=3) as server, contextlib.ExitStack() as stack:
+        mine = [stack.enter_context(place.raw(server.port)) for _ in range(3)]
+        context = frames.client_context(place.pem(place.client))
+        with (
+            socket.create_connection(("127.0.0.1", server.port), SECONDS) as plain,
+            context.wrap_socket(plain, server_hostname="127.0.0.1") as sock,
+        ):
+            kind, _, payload = read_frame(sock)
+            assert kind == frames.FAILURE
+            failure = pb.Failure.FromString(payload)
+            assert (failure.code, failure.retryable) == ("core_unavailable", True)
+            assert "one certificate" in failure.message
+            assert is_ended(sock)
+        eventually(
+            lambda: place.noted(
+                "a connection above the limit for one certificate refused to cn:gateway at 127."
+            )
+        )
+        others = context_of(place, "other")
+        for _ in range(3):
+            stack.enter_context(place.raw(server.port, others))
+        for sock in mine:  # those that it has go on
+            sock.sendall(frame(frames.PING, call=1))
+            assert read_frame(sock) == (frames.PONG, 1, b"")
+        assert server.connections == 6
+        mine[0].close()
+        eventually(lambda: server.connections == 5)
+        stack.enter_context(place.raw(server.port))
+        stack.close()
+        eventually(lambda: server.connections == 0)
+        assert server._shares._taken == {}
+
+
+def test_idle_connections_of_who_is_not_accepted_any_more_are_ended(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frame_server, "RECHECK_SECONDS", 0.02)
+    out: set[str] = set()
+    asked: list[str] = []
+
+    def check(peer: Any) -> None:
+        asked.append(peer.identity)
+        if "store" in out:
+            raise StoreUnavailable("not known now")
+        if peer.identity in out:
+            raise AccessDenied(wire.REFUSED)
+
+    place.handlers.check = check
+    other = context_of(place, "other")
+    with place.serve() as server, place.raw(server.port) as idle, place.raw(server.port, other) as good:
+        eventually(lambda: server.connections == 2)
+        out.add("store")
+        before = len(asked)
+        eventually(lambda: len(asked) > before + 10)
+        assert server.connections == 2  # an outage is no refusal
+        out.clear()
+        out.add("cn:gateway")
+        assert is_ended(idle)
+        eventually(lambda: server.connections == 1)
+        good.sendall(frame(frames.PING, call=1))
+        assert read_frame(good) == (frames.PONG, 1, b"")
+        assert place.noted(
+            "a connection with a certificate that is not accepted refused to cn:gateway at 127."
+        )
 
 
 # ---- beginning streams -------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 
 from frame_support import SECONDS, eventually
 from openkcm import Core
-from openkcm.errors import CoreUnavailable, OpenKCMError, StoreUnavailable
+from openkcm.errors import CoreUnavailable, LimitExceeded, OpenKCMError, StoreUnavailable
 from openkcm.rpc import keys_pb2 as pb
 from openkcm.rpc.client.grpc_client import GrpcTransport
 from openkcm.rpc.frames.client import FrameTransport
@@ -111,6 +111,19 @@ def test_few_streams_ask_the_store_at_a_time_and_others_are_told_to_try_again(
         for each in first:
             each.join()
     assert watched.open(peer(), since(core))
+    watched.close()
+
+
+def test_one_certificate_has_not_all_streams(core: Core) -> None:
+    watched = Streams(core, most=5, each=2)
+    mine = [watched.open(peer("one"), since(core)) for _ in range(2)]
+    for _ in range(9):
+        refused(lambda: watched.open(peer("one"), since(core)), LimitExceeded)
+    watched.open(peer("two"), since(core))
+    watched.drop(mine[0])
+    watched.drop(mine[0])  # once more, as who ends a stream twice does
+    watched.open(peer("one"), since(core))
+    refused(lambda: watched.open(peer("one"), since(core)), LimitExceeded)
     watched.close()
 
 

@@ -2,11 +2,12 @@
 """Who is at the other end of a connection, by its certificate.
 
 Invariant: a Peer is made only of a certificate that TLS has verified on this connection; whether it is still good is
-asked again at every call, because connections outlive certificates.
+asked again at every call, and while there are none now and then, because connections outlive certificates.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,6 +63,37 @@ class Peers:
                 self._known.clear()
             self._known[certificate] = known
         return known
+
+
+class Shares:
+    """How many of something each certificate has, so that no one has all of it. Safe for threads.
+
+    Args:
+        most: that one certificate may have.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._taken: dict[bytes, int] = {}
+
+    def take(self, peer: Peer) -> bool:
+        """Give a peer one more, unless its certificate has as many as it may have."""
+        with self._lock:
+            taken = self._taken.get(peer.leaf, 0)
+            if taken >= self._most:
+                return False
+            self._taken[peer.leaf] = taken + 1
+            return True
+
+    def give_back(self, peer: Peer) -> None:
+        """It has one less."""
+        with self._lock:
+            left = self._taken[peer.leaf] - 1
+            if left:
+                self._taken[peer.leaf] = left
+            else:
+                del self._taken[peer.leaf]
 
 
 def _read(certificate: bytes, address: str) -> Peer:

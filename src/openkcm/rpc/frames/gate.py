@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many requests of the frame server are carried out at a time, and how many wait.
+"""What the frame server takes: how many requests are carried out at a time, and how many wait.
 
 Invariant: at most ``threads`` are under way; whoever finishes one goes on with the one that has waited the longest;
 what waits has a bound in number and in bytes, and what is above it is turned away at once.
@@ -9,11 +9,27 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from .format import Frame
 
 C = TypeVar("C")
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a server takes: counts, those of one peer among them, bytes, and seconds."""
+
+    connections: int = 5000
+    peer_connections: int = 1000
+    handshakes: int = 512
+    threads: int = 16
+    waiting: int = 256
+    waiting_bytes: int = 64 * 2**20
+    held_bytes: int = 256 * 2**20
+    handshake_seconds: float = 5.0
+    frame_seconds: float = 10.0
 
 
 class Gate(Generic[C]):

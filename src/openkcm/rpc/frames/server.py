@@ -4,8 +4,8 @@
 Invariant: one thread at a time has a connection, because the kernel hands each readiness to one thread and is armed
 again when that thread is done (epoll, one shot). No thread waits for a peer longer than ``LINGER_SECONDS``, and while
 some do, others are free; so neither idle nor slow nor hostile peers, however many, keep a request of another waiting.
-Connections, handshakes, requests under way, requests waiting and bytes held for them all have bounds; what is above
-them is turned away and not kept.
+Connections, those of one certificate, handshakes, requests under way, requests waiting and bytes held for them all have
+bounds; what is above them is turned away and not kept.
 
 Why threads and not one event loop: the work (opening keys) runs in native code without the interpreter's lock. Why
 each lingers on its connection for a moment: requests follow each other, and a thread that waits in ``read`` has the
@@ -30,13 +30,14 @@ from typing import Final, Protocol
 
 from ...errors import AccessDenied, CoreUnavailable, FormatError
 from .. import wire
-from ..peer import Peer, Peers
+from ..peer import Peer, Peers, Shares
 from ..server.denials import Denials
 from ..server.streams import OPENING_SECONDS, OPENINGS
 from . import format as frames
+from .certificate import OwnCertificate
 from .connection import Connection, Refused, listen
 from .format import Frame
-from .gate import Gate
+from .gate import Bounds, Gate
 from .streams import Pump, StreamSource
 
 logger = logging.getLogger("openkcm.rpc")
@@ -46,28 +47,18 @@ KEEPING_SECONDS: Final = 0.1
 """How often deadlines are looked at."""
 RELOAD_SECONDS: Final = 1.0
 """How often the certificate's files are."""
+RECHECK_SECONDS: Final = 30.0
+"""How often the certificates of idle peers are; whoever asks is looked at each time."""
 TURN: Final = 64
 """Frames after which a connection that always has more makes way for others."""
 SPARE_THREADS: Final = 2
 """Threads that neither carry out a request nor linger, so that somebody always reads."""
 
+NOT_ACCEPTED: Final = "a connection with a certificate that is not accepted"
+
 _READ: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
 _WRITE: Final = select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLONESHOT
 _GONE: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Bounds:
-    """What a server takes: counts, bytes, and seconds."""
-
-    connections: int = 5000
-    handshakes: int = 512
-    threads: int = 16
-    waiting: int = 256
-    waiting_bytes: int = 64 * 2**20
-    held_bytes: int = 256 * 2**20
-    handshake_seconds: float = 5.0
-    frame_seconds: float = 10.0
 
 
 class Handlers(Protocol):
@@ -109,9 +100,7 @@ class FrameServer:
         bounds: Bounds | None = None,
     ) -> None:
         self._bounds = bounds = bounds or Bounds()
-        self._fetch = fetch
-        self._pem = fetch()
-        self._context = frames.server_context(self._pem)
+        self._certificate = OwnCertificate(fetch)
         self._handlers = handlers
         self._streams = streams
         self._denials = denials
@@ -122,6 +111,7 @@ class FrameServer:
         self._lock = threading.Lock()
         self._connections: dict[int, Connection] = {}
         self._shaking: OrderedDict[int, Connection] = OrderedDict()
+        self._shares = Shares(bounds.peer_connections)
         self._held = 0
         self._lingering = threading.Semaphore(max(bounds.threads // 2, 1))
         self._draining = False
@@ -150,7 +140,10 @@ class FrameServer:
         self._epoll.register(self._listening, select.EPOLLIN | select.EPOLLONESHOT)
         count = self._bounds.threads + max(self._bounds.threads // 2, 1) + SPARE_THREADS + OPENINGS
         self._pump.start()
-        self._threads = [threading.Thread(target=self._keep, name="openkcm-keeper", daemon=True)]
+        self._threads = [
+            threading.Thread(target=self._keep, name="openkcm-keeper", daemon=True),
+            threading.Thread(target=self._recheck, name="openkcm-recheck", daemon=True),
+        ]
         self._threads += [
             threading.Thread(target=self._work, name=f"openkcm-frames-{at}", daemon=True)
             for at in range(count)
@@ -182,19 +175,6 @@ class FrameServer:
         self._listener.close()
         os.close(self._wake)
 
-    def reload(self) -> bool:
-        """Read key, chain and authorities anew; new connections get them. False where nothing has changed.
-
-        Raises:
-            ConfigurationError: they cannot be used; the old ones stay.
-        """
-        pem = self._fetch()
-        if pem == self._pem:
-            return False
-        context = frames.server_context(pem)
-        self._pem, self._context = pem, context
-        return True
-
     # ---- threads -------------------------------------------------------------------------------------
 
     def _work(self) -> None:
@@ -209,7 +189,6 @@ class FrameServer:
 
     def _keep(self) -> None:
         reload_at = time.monotonic() + RELOAD_SECONDS
-        complained: object = None
         while not self._stop.wait(KEEPING_SECONDS):
             now = time.monotonic()
             with self._lock:
@@ -220,17 +199,29 @@ class FrameServer:
                 if self._paused and not self._draining:
                     self._paused = False
                     self._epoll.modify(self._listening, select.EPOLLIN | select.EPOLLONESHOT)
-            if now < reload_at:
-                continue
-            reload_at = now + RELOAD_SECONDS
-            try:
-                if self.reload():
-                    logger.info("the certificate was replaced")
-                complained = None
-            except Exception as error:
-                if str(error) != complained:
-                    logger.error("the certificate cannot be replaced, the old one stays in use: %s", error)
-                complained = str(error)
+            if now >= reload_at:
+                reload_at = now + RELOAD_SECONDS
+                self._certificate.refresh()
+
+    def _recheck(self) -> None:
+        """Every so often, end the idle connections of who is not accepted any more; others hear so when they ask."""
+        while not self._stop.wait(RECHECK_SECONDS):
+            with self._lock:
+                idle = [(each, each.peer) for each in self._connections.values() if each.peer and each.idle]
+            for connection, peer in idle:
+                if not self._is_accepted(peer):
+                    self._denials.note(peer.identity, NOT_ACCEPTED, connection.address)
+                    with self._lock:
+                        connection.end()
+
+    def _is_accepted(self, peer: Peer) -> bool:
+        try:
+            self._handlers.check_peer(peer)
+        except AccessDenied:
+            return False
+        except Exception as error:
+            logger.debug("whether %s is accepted is not known now: %s", peer.identity, error)
+        return True
 
     def _accept(self) -> None:
         for _ in range(64):
@@ -258,7 +249,9 @@ class FrameServer:
         sock.setblocking(False)
         try:
             frames.set_options(sock)
-            secured = self._context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+            secured = self._certificate.context.wrap_socket(
+                sock, server_side=True, do_handshake_on_connect=False
+            )
         except OSError:
             sock.close()
             return
@@ -287,10 +280,10 @@ class FrameServer:
         except ssl.SSLWantWriteError:
             self._park(connection, _WRITE)
         except FormatError as error:
-            connection.out = frames.reply_parts(frames.FAILURE, 0, wire.failure_of(error).SerializeToString())
+            connection.out = _told(error)
             self._say_last(connection)
         except Refused as refused:
-            self._denials.note(refused.identity, f"a connection with {refused}", connection.address)
+            self._denials.note(refused.identity, str(refused), connection.address)
             self._say_last(connection)
         except (OSError, ValueError) as error:
             if connection.peer is None:
@@ -374,9 +367,8 @@ class FrameServer:
         connection.until = time.monotonic() + (frame.millis / 1000 or OPENING_SECONDS)
         now = self._gate_of(frame).enter(connection, frame)
         if now is None:
-            self._fail(
-                connection, frame, CoreUnavailable("this Core has more calls than it takes; try another")
-            )
+            full = CoreUnavailable("this Core has more calls than it takes; try another")
+            connection.out = _told(full, frame.call)
         return bool(now)
 
     def _carry_out(self, connection: Connection, frame: Frame) -> bool:
@@ -391,14 +383,8 @@ class FrameServer:
             reply = self._handlers.call(frames.METHODS[frame.method - 1], peer, frame.payload)
             connection.out = frames.reply_parts(frames.REPLY, frame.call, reply)
         except Exception as error:
-            self._fail(connection, frame, error)
+            connection.out = _told(error, frame.call)
         return False
-
-    def _fail(self, connection: Connection, frame: Frame, error: BaseException) -> None:
-        failure = wire.failure_of(error)
-        if isinstance(error, CoreUnavailable):
-            failure.message = str(error)  # our own words, with no secret of this machine's in them
-        connection.out = frames.reply_parts(frames.FAILURE, frame.call, failure.SerializeToString())
 
     def _flush(self, connection: Connection) -> None:
         frames.send(connection.sock, connection.out)
@@ -410,18 +396,21 @@ class FrameServer:
         sock = connection.sock
         sock.do_handshake()
         if sock.selected_alpn_protocol() != frames.ALPN:
-            raise Refused("another protocol")
+            raise Refused("a connection with another protocol")
         identity = ""
         try:
             peer = self._peers.read(sock.getpeercert(binary_form=True) or b"")
             identity = peer.identity
             self._handlers.check_peer(peer)
         except AccessDenied as error:
-            connection.out = frames.reply_parts(frames.FAILURE, 0, wire.failure_of(error).SerializeToString())
-            raise Refused("a certificate that is not accepted", identity) from None
+            connection.out = _told(error)
+            raise Refused(NOT_ACCEPTED, identity) from None
+        if not self._shares.take(peer):
+            connection.out = _told(CoreUnavailable("this Core has no more connections for one certificate"))
+            raise Refused("a connection above the limit for one certificate", identity)
+        connection.peer = dataclasses.replace(peer, address=connection.address)
         with self._lock:
             self._shaking.pop(sock.fileno(), None)
-        connection.peer = dataclasses.replace(peer, address=connection.address)
         connection.out = frames.reply_parts(frames.HELLO, 0, b"")
         connection.deadline = None
 
@@ -479,6 +468,8 @@ class FrameServer:
         with self._lock:  # the keeper must not end another connection that got the same descriptor
             if self._connections.pop(fd, None) is not None:
                 self._shaking.pop(fd, None)
+                if connection.peer is not None:
+                    self._shares.give_back(connection.peer)
             connection.sock.close()
 
     def _note_refusal(self, connection: Connection, error: BaseException) -> None:
@@ -487,3 +478,11 @@ class FrameServer:
             self._denials.note("", f"a connection with {reason}", connection.address)
         else:
             logger.debug("%s ended its handshake", connection.address)
+
+
+def _told(error: BaseException, call: int = 0) -> list[frames.Part]:
+    """What a peer is told of an error; of no call, it is the last that it hears."""
+    failure = wire.failure_of(error)
+    if isinstance(error, CoreUnavailable):
+        failure.message = str(error)  # our own words, with no secret of this machine's in them
+    return frames.reply_parts(frames.FAILURE, call, failure.SerializeToString())

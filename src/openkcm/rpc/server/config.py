@@ -74,10 +74,15 @@ class Listen:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds: connections, watch streams, calls under way and waiting, threads that carry them out."""
+    """Bounds: connections, watch streams, calls under way and waiting, threads that carry them out.
+
+    ``peer_connections`` and ``peer_streams`` are those of one certificate.
+    """
 
     connections: int = 5000
     streams: int = 1000
+    peer_connections: int = 1000
+    peer_streams: int = 200
     calls: int = 256
     threads: int = 16
 
@@ -249,6 +254,9 @@ _TIMES: Final = {
     "drain": (0.0, 600.0, 10.0),
 }
 _BOUNDS: Final = {"connections": 100_000, "streams": 100_000, "calls": 65_536, "threads": 512}
+_SHARES: Final = {"peer_connections": "connections", "peer_streams": "streams"}
+"""Of one certificate: a fifth of all is its share where nothing else is said, and ``_LEAST_SHARE`` at the least."""
+_LEAST_SHARE: Final = 32
 
 
 _MAX_SECRET: Final = 4096
@@ -283,6 +291,9 @@ def _read(reader: _Reader, document: dict[str, Any]) -> ServeConfig:
         name: take(limits, f"limits.{name}", number(1, most, int), getattr(Limits(), name))
         for name, most in _BOUNDS.items()
     }
+    for name, whole in _SHARES.items():
+        share = max(bounds[whole] // 5, _LEAST_SHARE)
+        bounds[name] = take(limits, f"limits.{name}", number(1, _BOUNDS[whole], int), share)
     times = {
         name: take(document, name, number(low, high), default)
         for name, (low, high, default) in _TIMES.items()

@@ -17,7 +17,8 @@ from typing import Any, Final
 from ...core import Core
 from ...systemd import notify
 from .. import admin_messages, wire
-from ..frames.server import Bounds, FrameServer
+from ..frames.gate import Bounds
+from ..frames.server import FrameServer
 from ..session import SessionTable
 from . import admin_handlers, grpc_server
 from .arrivals import Arrivals
@@ -70,7 +71,7 @@ class CoreServer:
             self.certificates.close()
             raise
         self.denials = Denials(lambda line: self.core.note("refused", line))
-        self.streams = Streams(self.core, config.limits.streams)
+        self.streams = Streams(self.core, config.limits.streams, config.limits.peer_streams)
         self.handlers = KeyHandlers(self.core, self.certificates.credentials, SessionTable(), self.denials)
         self.certificates.listen(self._take_up)
         # A few more, so that a stream above the limit is told so.
@@ -171,7 +172,12 @@ class CoreServer:
 
     def _start_frames(self, address: str) -> int:
         limits = self.config.limits
-        bounds = Bounds(connections=limits.connections, threads=limits.threads, waiting=limits.calls)
+        bounds = Bounds(
+            connections=limits.connections,
+            peer_connections=limits.peer_connections,
+            threads=limits.threads,
+            waiting=limits.calls,
+        )
         self._frames = FrameServer(
             address, self.certificates.pem, self._logged(self.handlers), self.streams, self.denials, bounds
         )

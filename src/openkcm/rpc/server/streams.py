@@ -20,7 +20,7 @@ from ...errors import AccessDenied, CoreUnavailable, LimitExceeded, StoreUnavail
 from ...keys import EVERY, Change, Event
 from .. import keys_pb2 as pb
 from .. import wire
-from ..peer import Peer
+from ..peer import Peer, Shares
 
 logger = logging.getLogger("openkcm.rpc")
 
@@ -107,11 +107,13 @@ class Streams:
     Args:
         core: whose changes.
         most: streams at a time; more are refused.
+        each: streams of one certificate.
     """
 
-    def __init__(self, core: Core, most: int = 1000) -> None:
+    def __init__(self, core: Core, most: int = 1000, each: int = 200) -> None:
         self._core = core
         self._most = most
+        self._shares = Shares(each)
         self._lock = threading.Lock()
         self._subscribers: set[Subscriber] = set()
         self._opening = threading.Semaphore(OPENINGS)
@@ -136,7 +138,7 @@ class Streams:
 
         Raises:
             AccessDenied: the peer has no grant at all.
-            LimitExceeded: there are too many streams.
+            LimitExceeded: there are too many streams, of all or of this peer.
             CoreUnavailable: too many are being begun, or this Core ends.
             StoreUnavailable: what was missed is not known.
         """
@@ -153,6 +155,10 @@ class Streams:
                 raise CoreUnavailable("this Core ends; try another")
             if len(self._subscribers) >= self._most:
                 raise LimitExceeded("this Core has as many watch streams as it takes; try another")
+            if not self._shares.take(peer):
+                raise LimitExceeded(
+                    "this Core has as many watch streams of one certificate as it takes; try another"
+                )
             self._subscribers.add(subscriber)
         try:
             # Only now, being told already of what comes: what came before.
@@ -165,7 +171,9 @@ class Streams:
     def drop(self, subscriber: Subscriber) -> None:
         """A stream has ended."""
         with self._lock:
-            self._subscribers.discard(subscriber)
+            if subscriber in self._subscribers:
+                self._subscribers.discard(subscriber)
+                self._shares.give_back(subscriber.peer)
 
     def close(self) -> None:
         """End every stream, and begin none."""
