@@ -48,7 +48,7 @@ MAX_SUBJECT_BYTES: Final = 1024
 """A subject's name in UTF-8."""
 
 MAX_KEYS_PER_CALL: Final = 16_384
-"""Keys in one wrap, unwrap or rewrap: bounds secret memory (512 KiB) and the time a kill waits."""
+"""Keys in one wrap, unwrap, rewrap or shred: bounds secret memory (512 KiB) and the time a kill waits."""
 
 MAX_RECORDS_PER_KEY: Final = 2**32
 """Random 96-bit nonces under one AES-GCM key (NIST SP 800-38D, section 8.3)."""

@@ -31,6 +31,7 @@ from openkcm.errors import (
     TenantNotFound,
 )
 from openkcm.keys import Change, Event, KeyState, Kind, Service, TenantState, WrappedKeys
+from openkcm.limits import MAX_KEYS_PER_CALL
 from softhsm import Token
 from support import make_vault, refused, run_python, url
 
@@ -398,6 +399,21 @@ def test_shredded_keys_stay_shredded(core: openkcm.Core, records: Service) -> No
     assert core.shredded(records, ids) == {ids[16:]}
     refused(lambda: core.shred_keys(records, b"x" * 15), InvalidInput)
     assert core.status()[0].shredded == 1
+
+
+def test_more_ids_than_a_call_may_have_are_refused_before_anything_is_done(
+    core: openkcm.Core, records: Service
+) -> None:
+    for most in (os.urandom(16 * MAX_KEYS_PER_CALL), os.urandom(16)):
+        core.shred_keys(records, most)
+        assert len(core.shredded(records, most)) == len(most) // 16
+    number = core.audit_records()[-1].number
+    for _ in range(2):  # also when all verdicts are known
+        refused(lambda: core.shred_keys(records, os.urandom(16 * (MAX_KEYS_PER_CALL + 1))), LimitExceeded)
+        refused(lambda: core.shredded(records, os.urandom(16 * (MAX_KEYS_PER_CALL + 1))), LimitExceeded)
+    refused(lambda: core.shredded(records, b"x" * 15), InvalidInput)
+    assert core.audit_records()[-1].number == number
+    assert core.status()[0].shredded == MAX_KEYS_PER_CALL + 1
 
 
 def test_another_process_shreds(tmp_path: Path, core: openkcm.Core, records: Service) -> None:

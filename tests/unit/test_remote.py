@@ -14,16 +14,28 @@ from typing import Any
 import pytest
 
 import openkcm
-from openkcm.errors import CoreUnavailable, InvalidInput, KeyDestroyed, OpenKCMError, StoreUnavailable
+from openkcm.errors import (
+    CoreUnavailable,
+    InvalidInput,
+    KeyDestroyed,
+    LimitExceeded,
+    OpenKCMError,
+    StoreUnavailable,
+)
 from openkcm.gateway import PoolPolicy, ServiceHandle
 from openkcm.gateway import background as background_module
 from openkcm.gateway.keystore import KeyStore
-from openkcm.rpc.client.remote import RemoteCore
+from openkcm.limits import KEY_ID_BYTES, MAX_KEYS_PER_CALL
+from openkcm.rpc import keys_pb2 as pb
+from openkcm.rpc.client.remote import RemoteCore, _name
 from openkcm.rpc.server.serving import CoreServer
 from openkcm.testing.tcp_proxy import TcpProxy
 from remote_support import until
 from rpc_support import GATEWAY, Site
 from support import refused, run_python
+
+SECONDS = 30.0
+"""How long a call that is not about time may take."""
 
 
 class Wire:
@@ -306,6 +318,19 @@ def test_a_tombstone_outlives_its_gateway(wire: Wire, tmp_path: Path) -> None:
         refused(lambda: service.decrypt(blob), KeyDestroyed)
         until(lambda: not gateway._keys.pending(b"", 10))
         assert wire.server.core.shredded(service._service, blob[24:40]) == {blob[24:40]}
+
+
+def test_more_ids_than_a_call_may_have_cross_in_parts_and_no_other_way(wire: Wire) -> None:
+    ids = os.urandom(KEY_ID_BYTES * (MAX_KEYS_PER_CALL + 1))
+    with wire.connect(deadline=SECONDS) as remote:
+        service = remote.find_service("acme", "records")
+        request = pb.ShredKeysRequest(service=_name(service), ids=ids)
+        refused(lambda: remote._call("ShredKeys", request, pb.ShredKeysReply.FromString), LimitExceeded)
+        asking = pb.FindShreddedRequest(service=_name(service), ids=ids)
+        refused(lambda: remote._call("FindShredded", asking, pb.FindShreddedReply.FromString), LimitExceeded)
+        assert remote.shredded(service, ids) == frozenset()
+        remote.shred_keys(service, ids)
+        assert len(remote.shredded(service, ids)) == MAX_KEYS_PER_CALL + 1
 
 
 def test_a_tombstone_that_is_refused_is_kept_and_said_once(

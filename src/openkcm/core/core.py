@@ -25,7 +25,6 @@ from ..errors import (
     StoreUnavailable,
 )
 from ..keys import Change, Event, Kind, OpenedKeys, Service, TenantState, WrappedKeys, check_name
-from ..limits import KEY_ID_BYTES
 from . import audit, history, services, tenants, tombstones
 from .access import Access
 from .data_keys import DataKeys
@@ -364,17 +363,16 @@ class Core(Access):
         return self._vault.lease(service)
 
     def shred_keys(self, service: Service, ids: bytes) -> None:
-        """Record stored data keys as destroyed, for good; only random ids are kept."""
+        """Record data keys as destroyed, for good, only random ids are kept; LimitExceeded as ``unwrap_keys``."""
         self._check_open()
         tombstones.add(self._vault, service, ids, utc_now())
         key_ids = tuple(tombstones.split_ids(ids))
         self._vault.listeners.tell(Event(Change.SHREDDED, service.tenant, service.service_id, key_ids))
 
     def shredded(self, service: Service, ids: bytes) -> frozenset[bytes]:
-        """Those of the ids that were shredded."""
+        """Those of the ids that were shredded; LimitExceeded as ``unwrap_keys``."""
         self._check_open()
-        gone = self._tombstones.find(service, ids)
-        return frozenset([ids[at * KEY_ID_BYTES : (at + 1) * KEY_ID_BYTES] for at in gone])
+        return self._tombstones.shredded(service, ids)
 
     def watch(self, listener: Callable[[Event], None]) -> Callable[[], None]:
         """Call ``listener`` on every change, keys being zeroed already, until the returned function is called."""

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import sqlalchemy as sql
 
 from ..crypto import IdSet
-from ..errors import InvalidInput
+from ..errors import InvalidInput, LimitExceeded
 from ..keys import Service
-from ..limits import KEY_ID_BYTES
+from ..limits import KEY_ID_BYTES, MAX_KEYS_PER_CALL
 from . import audit, schema
 from .store import Store
 from .vault import Vault
@@ -25,10 +25,23 @@ _FEW = 1024
 """Tombstones that are read beyond the number of ids asked about, to know them all: one read in place of many."""
 
 
-def split_ids(ids: bytes) -> list[bytes]:
-    """Cut packed ids into 16-byte ones."""
+def check_ids(ids: bytes) -> None:
+    """Check packed ids: more at once would keep others from the vault's only write lock, a kill among them.
+
+    Raises:
+        InvalidInput: they are none.
+        LimitExceeded: there are more than ``limits.MAX_KEYS_PER_CALL``.
+    """
     if len(ids) % KEY_ID_BYTES:
         raise InvalidInput("data key ids have 16 bytes each")
+    count = len(ids) // KEY_ID_BYTES
+    if count > MAX_KEYS_PER_CALL:
+        raise LimitExceeded(f"{count} keys in one call; at most {MAX_KEYS_PER_CALL} are allowed")
+
+
+def split_ids(ids: bytes) -> list[bytes]:
+    """Cut packed ids into 16-byte ones; raises as ``check_ids``."""
+    check_ids(ids)
     return [ids[at : at + KEY_ID_BYTES] for at in range(0, len(ids), KEY_ID_BYTES)]
 
 
@@ -101,6 +114,11 @@ class Tombstones:
                 state.verdicts.clear()
             state.verdicts[service.service_id] = known
         return known.shredded.positions(ids)
+
+    def shredded(self, service: Service, ids: bytes) -> frozenset[bytes]:
+        """Those of the packed ids that are shredded; raises as ``check_ids`` and ``find``."""
+        check_ids(ids)
+        return frozenset([ids[at * KEY_ID_BYTES : (at + 1) * KEY_ID_BYTES] for at in self.find(service, ids)])
 
     def refresh(self) -> None:
         """Read again, ahead of their use, the verdicts that somebody's shredding made unknown.
