@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from cryptography import x509
@@ -45,24 +45,25 @@ class Peer:
 
 
 class Peers:
-    """Reads certificates, each once."""
+    """Reads certificates, each once; the address is that of each connection."""
 
     def __init__(self) -> None:
         self._known: dict[bytes, Peer] = {}
 
     def read(self, certificate: bytes, address: str = "") -> Peer:
-        """The peer of a verified certificate, PEM or DER.
+        """The peer of a verified certificate, PEM or DER, that calls from ``address``.
 
         Raises:
             AccessDenied: it does not say, or not clearly, who its bearer is.
         """
         known = self._known.get(certificate)
         if known is None:
-            known = _read(certificate, address)
+            known = _read(certificate)
             if len(self._known) >= _KNOWN:
                 self._known.clear()
             self._known[certificate] = known
-        return known
+        # Who has a copy of it calls from somewhere else.
+        return replace(known, address=address)
 
 
 class Shares:
@@ -96,7 +97,7 @@ class Shares:
                 del self._taken[peer.leaf]
 
 
-def _read(certificate: bytes, address: str) -> Peer:
+def _read(certificate: bytes) -> Peer:
     try:
         if certificate.startswith(b"-----"):
             parsed = x509.load_pem_x509_certificate(certificate)
@@ -106,4 +107,4 @@ def _read(certificate: bytes, address: str) -> Peer:
         identity = identity_of(parsed)
     except (ValueError, OpenKCMError):
         raise AccessDenied(REFUSED) from None
-    return Peer(identity, leaf, fingerprints_of(parsed), parsed.not_valid_after_utc.timestamp(), address)
+    return Peer(identity, leaf, fingerprints_of(parsed), parsed.not_valid_after_utc.timestamp())

@@ -15,7 +15,6 @@ next one sooner than one that must be found through epoll.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import logging
 import os
@@ -399,7 +398,7 @@ class FrameServer:
             raise Refused("a connection with another protocol")
         identity = ""
         try:
-            peer = self._peers.read(sock.getpeercert(binary_form=True) or b"")
+            peer = self._peers.read(sock.getpeercert(binary_form=True) or b"", connection.address)
             identity = peer.identity
             self._handlers.check_peer(peer)
         except AccessDenied as error:
@@ -408,7 +407,7 @@ class FrameServer:
         if not self._shares.take(peer):
             connection.out = _told(CoreUnavailable("this Core has no more connections for one certificate"))
             raise Refused("a connection above the limit for one certificate", identity)
-        connection.peer = dataclasses.replace(peer, address=connection.address)
+        connection.peer = peer
         with self._lock:
             self._shaking.pop(sock.fileno(), None)
         connection.out = frames.reply_parts(frames.HELLO, 0, b"")
