@@ -150,7 +150,7 @@ class Threads:
     def timer(self, seconds: float, call: Callable[[], None]) -> Timer:
         """As ``Waiting``; raises RuntimeError where no thread is to be had."""
         timer = threading.Timer(seconds, call)
-        timer.daemon = True
+        timer.name, timer.daemon = "openkcm-timer", True
         timer.start()
         return timer
 

@@ -14,6 +14,7 @@ from posix.unistd cimport read, write
 
 from .arena cimport OK, Slot, arena_lock, arena_unlock, exhausted, fork_count, slot_give, slot_take
 from .gcm cimport gcm_make_schedule, gcm_schedule_bytes, random_private, random_public
+from .openssl cimport OPENSSL_cleanse
 
 from .arena import secret_memory_info
 
@@ -154,6 +155,15 @@ cdef class SecretKeys(Secret):
         finally:
             self.leave()
         return chosen
+
+    def move(self, Py_ssize_t position):
+        """Move one key into a handle of its own: where it was is zeroed."""
+        cdef SecretKeys moved = new_keys(1)
+        cdef uint8_t *source = self.enter_at(position)
+        memcpy(moved.slot.data, source, KEY)
+        OPENSSL_cleanse(source, KEY)
+        self.leave()
+        return moved
 
     def keep(self, Py_ssize_t position):
         """Copy one key into a handle of its own that will be used again and again.

@@ -90,6 +90,13 @@ class SecretKeys(Slot):
                 ]
         return chosen
 
+    def move(self, position: int) -> SecretKeys:
+        """Move one key into a handle of its own: where it was is zeroed."""
+        moved = self.select([position])
+        with self as source:
+            source[position * KEY_BYTES : (position + 1) * KEY_BYTES] = bytes(KEY_BYTES)
+        return moved
+
     def keep(self, position: int) -> SecretKeys:
         """Copy one key into a handle of its own that will be used again and again."""
         return self.select([position])

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import threading
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
@@ -20,7 +19,8 @@ from ..crypto import SecretKeys
 from ..envelope import INLINE_PLACE_BYTES, pack_place
 from ..errors import OpenKCMError, SecretMemoryError
 from ..keys import KeyService, Service, WrappedKeys
-from ..waiting import Timer, waiting_of
+from ..waiting import waiting_of
+from .expiry import expiry_of
 
 MOST_KEPT: Final = 1024
 """Keys kept for each service; the oldest goes first."""
@@ -53,15 +53,15 @@ class Leases:
         self._service = service
         self.clock = clock
         self.waiting = waiting_of(core)
+        self._expiry = expiry_of(self.waiting)
         self.after_fork()
 
     def after_fork(self) -> None:
-        """Start without keys: secret memory is not inherited, and neither is the timer's thread."""
+        """Start without keys: secret memory is not inherited."""
         self._lock = threading.Lock()
         self.kept: dict[bytes, _Kept] = {}
         self._epoch = 0
         self.stands = -math.inf
-        self._timer: Timer | None = None
 
     def open(self, wrapped: WrappedKeys) -> tuple[SecretKeys, Mapping[int, OpenKCMError]]:
         """Open data keys: by a copy of the one that is kept, or by the Core. The caller wipes what this gives.
@@ -129,42 +129,33 @@ class Leases:
             self._epoch += 1
             self.stands = -math.inf
             kept, self.kept = self.kept, {}
-            timer, self._timer = self._timer, None
-        if timer is not None:
-            timer.cancel()
         for each in kept.values():
             each.keys.wipe()
 
-    def sweep(self) -> None:
-        """Zero what is past its time."""
+    def sweep(self) -> float | None:
+        """Zero what is past its time; in how many seconds there is more, None where nothing is kept."""
         now = self.clock()
         self._drop([place for place, kept in list(self.kept.items()) if now >= kept.until])
+        with self._lock:
+            return min((kept.until - now for kept in self.kept.values()), default=None)
 
     # ---- inside --------------------------------------------------------------------------------------
 
     def _keep(self, place: bytes, kept: _Kept, epoch: int) -> None:
         oldest: list[bytes] = []
         with self._lock:
-            wanted = epoch == self._epoch and place not in self.kept
+            wanted = (
+                epoch == self._epoch
+                and place not in self.kept
+                and self._expiry.ask(self, kept.until - self.clock())
+            )
             if wanted:
                 self.kept[place] = kept
                 if len(self.kept) > MOST_KEPT:
                     oldest = [next(iter(self.kept))]
-                if self._timer is None:
-                    self._start_timer(kept.until)
         if not wanted:
             kept.keys.wipe()
         self._drop(oldest)
-
-    def _start_timer(self, until: float) -> None:
-        self._timer = self.waiting.timer(max(0.01, until - self.clock()), _weak_tick(self))
-
-    def _tick(self) -> None:
-        self.sweep()
-        with self._lock:
-            self._timer = None
-            if self.kept:
-                self._start_timer(min(kept.until for kept in self.kept.values()))
 
     def _drop(self, places: list[bytes]) -> None:
         with self._lock:
@@ -179,15 +170,3 @@ def _place(wrapped: WrappedKeys) -> bytes:
     Of an inline key this is what stands in its envelope; a stored key's id follows it, which tells the two apart.
     """
     return pack_place(wrapped.version, wrapped.wrapped) + wrapped.ids
-
-
-def _weak_tick(leases: Leases) -> Callable[[], None]:
-    """A timer's call that does not keep the leases alive."""
-    reference = weakref.ref(leases)
-
-    def tick() -> None:
-        held = reference()
-        if held is not None:
-            held._tick()
-
-    return tick

@@ -19,7 +19,7 @@ class DataKeyPolicy:
     Args:
         records: 1 to 2**32 (NIST SP 800-38D, section 8.3).
         bytes: plaintext bytes, or None for no limit.
-        seconds: age, or None for no limit.
+        seconds: age, or None for no limit; the key is zeroed then, whether anybody encrypts or not.
     """
 
     records: int = 1
@@ -43,7 +43,7 @@ class PoolPolicy:
     Args:
         keys: how many are made at a time, and the most that wait; 0 for none. Of a Core that is far away, half are
             made at a time, while the other half is used.
-        seconds: after how long those left over are thrown away.
+        seconds: after how long those left over are zeroed, whether anybody encrypts then or not.
     """
 
     keys: int = 256

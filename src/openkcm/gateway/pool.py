@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data keys made and wrapped in advance, so that a single ``encrypt`` asks nobody.
 
-Invariant: a key is handed out once. A pool holds at most ``PoolPolicy.keys``, for a bounded time; what was made before
-a kill, a rotation or a fork is wiped, and what was being made then is never handed out. Where the Core is far away the
-keys are in two halves: while one is used up, the other is fetched in the background.
+Invariant: a key is handed out once. A pool holds at most ``PoolPolicy.keys``, for a bounded time, at whose end they are
+zeroed whether anybody comes or not, and so is a key that serves several records. What was made before a kill, a
+rotation or a fork is wiped, and what was being made then is never handed out. Where the Core is far away the keys are
+in two halves: while one is used up, the other is fetched in the background.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ..keys import KeyService, Kind, Service
 from ..limits import WRAPPED_KEY_BYTES
 from ..waiting import waiting_of
 from .errands import Errands
+from .expiry import expiry_of
 from .policy import DataKeyPolicy, PoolPolicy
 
 RENEWED: Final = (0.4, 0.6)
@@ -69,6 +71,7 @@ class Pool:
         self._errands = errands if policy.keys > 1 else None
         self._count = max(1, policy.keys if self._errands is None else policy.keys // 2)
         self.waiting = waiting_of(core)
+        self._expiry = expiry_of(self.waiting)
         self._filling = self.waiting.lock()
         self._lock = threading.Lock()
         self._epoch = 0
@@ -94,7 +97,7 @@ class Pool:
             with self._lock:
                 if epoch != self._epoch:
                     ready.keys.wipe()
-                elif self._policy.keys:
+                elif self._policy.keys and self._ends(ready):
                     self.ready = ready
         if self._errands is not None:
             self._errands.ask(self.fetch)
@@ -120,7 +123,7 @@ class Pool:
         self._renew_at = time.monotonic() + self._policy.seconds * DICE.uniform(*RENEWED)
         with self._lock:
             old: ReadyKeys | None = fresh
-            if epoch == self._epoch:
+            if epoch == self._epoch and self._ends(fresh):
                 old, self._spare = self._spare, fresh
         if old is not None:
             old.keys.wipe()
@@ -133,6 +136,10 @@ class Pool:
         keys = crypto.generate_keys(self._count)
         wrapped = self._core.wrap_keys(self._service, keys, Kind.INLINE)
         return ReadyKeys(keys, wrapped.version, wrapped.wrapped, time.monotonic() + self._policy.seconds)
+
+    def _ends(self, keys: ReadyKeys) -> bool:
+        """Whether keys will be swept when their time is over, without which they must not wait here."""
+        return self._expiry.ask(self, keys.expires - time.monotonic())
 
     def take(self) -> tuple[ReadyKeys, int]:
         """One waiting key: its batch, and its position there."""
@@ -160,6 +167,20 @@ class Pool:
             if each is not None:
                 each.keys.wipe()
 
+    def sweep(self) -> float | None:
+        """Zero what is past its time; in how many seconds there is more, None where nothing waits."""
+        now = time.monotonic()
+        with self._lock:
+            waiting = [each for each in (self.ready, self._spare) if each is not None]
+            gone = [each for each in waiting if now >= each.expires]
+            if self.ready in gone:
+                self.ready = None
+            if self._spare in gone:
+                self._spare = None
+        for each in gone:
+            each.keys.wipe()
+        return min((each.expires - now for each in waiting if each not in gone), default=None)
+
 
 @dataclass(slots=True)
 class CurrentKey:
@@ -174,14 +195,12 @@ class CurrentKey:
     wall_expires: float
 
     def fits(self, size: int) -> bool:
-        """Whether one more record of this size is within the policy, on both clocks."""
-        return (
-            self.records > 0
-            and self.bytes >= size
-            and time.monotonic() < self.expires
-            and time.time() < self.wall_expires
-            and not self.keys.wiped
-        )
+        """Whether one more record of this size is within the policy."""
+        return self.records > 0 and self.bytes >= size and self.left() > 0 and not self.keys.wiped
+
+    def left(self) -> float:
+        """For how many seconds it serves yet, on the clock that says less."""
+        return min(self.expires - time.monotonic(), self.wall_expires - time.time())
 
 
 class SharedKeys:
@@ -190,6 +209,7 @@ class SharedKeys:
     def __init__(self, pool: Pool, policy: DataKeyPolicy) -> None:
         self._pool = pool
         self._policy = policy
+        self._expiry = expiry_of(pool.waiting)
         self._lock = pool.waiting.lock()
         self._epoch = 0
         self._current: CurrentKey | None = None
@@ -208,6 +228,8 @@ class SharedKeys:
                 # A wipe that came between the making and the assignment has to be done over.
                 if epoch != self._epoch:
                     current.keys.wipe()
+                elif not self._expiry.ask(self, current.left()):
+                    self._current = None  # it serves this once
             if sizes is None:
                 taken = min(count, current.records)
             else:
@@ -237,7 +259,7 @@ class SharedKeys:
         while True:
             ready, position = self._pool.take()
             try:
-                return ready, position, ready.keys.select([position])
+                return ready, position, ready.keys.move(position)
             except SecretMemoryError:
                 if not ready.keys.wiped:
                     raise
@@ -250,3 +272,14 @@ class SharedKeys:
         current, self._current = self._current, None
         if current is not None:
             current.keys.wipe()
+
+    def sweep(self) -> float | None:
+        """Zero the current key if its time is over; in how many seconds it is, None where there is none."""
+        current = self._current
+        if current is None or current.keys.wiped:
+            return None
+        left = current.left()
+        if left > 0:
+            return left
+        current.keys.wipe()  # it stays where it is: without the lock another may have taken its place
+        return None
