@@ -13,7 +13,10 @@ from openkcm.keys import Event
 from openkcm.rpc.client.remote import RemoteCore
 
 ACROSS = frozenset(
-    {"find_service", "wrap_keys", "unwrap_keys", "lease", "rewrap_keys", "shred_keys", "shredded", "watch"}
+    {
+        *("find_service", "wrap_keys", "unwrap_keys", "lease", "in_touch", "rewrap_keys", "shred_keys"),
+        *("shredded", "watch"),
+    }
 )
 """What a Gateway asks of a Core."""
 

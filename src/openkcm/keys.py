@@ -202,3 +202,13 @@ class KeyService(Protocol):
 
     def watch(self, listener: Callable[[Event], None]) -> Callable[[], None]:
         """Call ``listener`` on every change until the returned function is called."""
+
+
+class FarKeyService(KeyService, Protocol):
+    """What a Gateway needs of a Core whose ``far`` is true besides."""
+
+    def in_touch(self, opened: float) -> bool:
+        """Whether keys that were asked for at a moment of ``awake_clock`` and opened may still be used now.
+
+        They may while a kill would be told of, and for so short a time after that moment that it is as good.
+        """

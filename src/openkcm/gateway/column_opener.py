@@ -6,7 +6,8 @@ Invariant: as in ``opener``: plaintext stands only where tag and commitment were
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from .. import crypto
@@ -149,7 +150,7 @@ class ColumnOpener:
 
     def _open_rings(self, job: Job, failures: Failures, table: Table, first: int) -> None:
         """Open the rows of one ring's worth of ids: a ring for each service key version among their keys."""
-        epoch = self._held.epoch
+        epoch, touch = self._held.epoch, self._held.touch()
         ids = table.values(first, first + RING)
         slices = self._open_ids(ids)
         failed = {
@@ -157,6 +158,8 @@ class ColumnOpener:
             for number, each in enumerate(slices)
             for at, error in each.failures.items()
         }
+        opened = next((each for at, each in enumerate(ids, first) if at not in failed), None)
+        still = partial(touch.check, partial(self._open_again, opened)) if opened else _nothing
         rings, marks = [], []
         for turn in range(max(len(each.rounds) for each in slices)):
             rounds = [each.round(turn) for each in slices]
@@ -164,7 +167,7 @@ class ColumnOpener:
             marks.append(b"".join([each for _, each in rounds]))
         with self._held.hold(rings, b"".join(ids), epoch):
             for ring, left_out in zip(rings, marks, strict=True):
-                self._open_ring(job, failures, table, ring, left_out if any(left_out) else b"", failed)
+                self._open_ring(job, failures, table, ring, left_out if any(left_out) else b"", failed, still)
 
     def _open_ring(
         self,
@@ -174,8 +177,10 @@ class ColumnOpener:
         ring: KeyRing,
         marks: bytes,
         failed: dict[int, OpenKCMError],
+        still: Callable[[], None],
     ) -> None:
         def open_run(start: int, stop: int) -> None:
+            still()
             refused = self._open_names(
                 self._stored, job.cells, job.contexts, job.places, start, stop, table, ring, marks
             )
@@ -183,6 +188,14 @@ class ColumnOpener:
             failures.settle()
 
         job.share(LONG_RUN, open_run)
+
+    def _open_again(self, key_id: bytes) -> None:
+        """Have the Core say of one key what a kill would change for all."""
+        groups, failures = self._subjects.open_ids([key_id])
+        for each in groups:
+            each.keys.wipe()
+        if failures:
+            raise failures[0]
 
     def _open_ids(self, ids: list[bytes]) -> list[_Slice]:
         """Open the keys of one ring's worth of ids, a call's worth at a time."""
@@ -259,6 +272,10 @@ class Failures:
         """Raise the error of the first row, if errors are to be raised."""
         if self._raising and self.errors:
             raise self.errors[min(self.errors.copy())]
+
+
+def _nothing() -> None:
+    """What is to be checked where no key is open."""
 
 
 def _marks(count: int, failed: Any) -> bytes:

@@ -2,7 +2,8 @@
 """Streams that are under way.
 
 Invariant: a stream's key can be wiped from outside at any time, and then its next segment fails with the reason:
-a kill does not wait for a large file.
+a kill does not wait for a large file. Nor does it where nobody can tell of it: a stream is decrypted on only as long as
+the Core is in touch, or opens its key once more.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..crypto import SecretKeys, StreamCipher
-from ..envelope import fixed_header, payload_aad
+from ..envelope import Envelope, fixed_header, payload_aad
 from ..errors import DecryptError, SecretMemoryError, TenantDark
 from ..keys import KeyService, Kind, Service, WrappedKeys
 from ..waiting import waiting_of
-from .streams import Reader, Writer, open_segments, read_header, seal_segments, write_fully
+from .streams import Opening, Reader, Writer, read_header, seal_segments, write_fully
 from .subjects import SubjectKeys
+from .touch import Touch
 
 
 class _Running:
@@ -38,7 +40,7 @@ class RunningStreams:
         # Files are read and written in these, which wait for them as files do.
         self._write = waiting.apart(_write)
         self._read_header = waiting.apart(read_header)
-        self._open_segments = waiting.apart(open_segments)
+        self._open_segments = waiting.apart(Opening.run)
         self._lock = threading.Lock()
         self._epoch = 0
         self._streams: weakref.WeakSet[_Running] = weakref.WeakSet()
@@ -73,6 +75,17 @@ class RunningStreams:
         envelope = self._read_header(source)
         if envelope.service_id != self._service.service_id:
             raise DecryptError
+        touch = Touch(self._core)
+        keys = self._open_key(envelope, subjects)
+        aad = self._aad(envelope.kind, envelope.data_key, context)
+        with self._run(keys, aad, envelope.nonce, epoch) as cipher:
+            opening = Opening(cipher, source, target, touch.stands)
+            while not self._open_segments(opening):
+                touch.check(lambda: self._open_key(envelope, subjects).wipe())
+            return opening.written
+
+    def _open_key(self, envelope: Envelope, subjects: SubjectKeys) -> SecretKeys:
+        """Have the Core open a stream's data key; the caller wipes it."""
         if envelope.kind.stored:
             groups, failures = subjects.open_ids([envelope.data_key])
             keys = groups[0].keys if groups else None
@@ -83,9 +96,7 @@ class RunningStreams:
             failures = dict(found)
         if failures or keys is None:
             raise failures[0]
-        aad = self._aad(envelope.kind, envelope.data_key, context)
-        with self._run(keys, aad, envelope.nonce, epoch) as cipher:
-            return self._open_segments(cipher, source, target)
+        return keys
 
     def _aad(self, kind: Kind, data_key: bytes, context: bytes) -> bytes:
         return payload_aad(kind, self._service.service_id) + (data_key if kind.stored else b"") + context

@@ -71,7 +71,7 @@ class ServiceHandle:
         self._pool_policy = pool
         self._background = background
         self._leases = Leases(core, service)
-        self._held = HeldKeys(service.tenant)
+        self._held = HeldKeys(core, service.tenant)
         self._subjects = SubjectKeys(core, store, service, self._leases, self._held, background.delivery)
         self._inline = _cipher(Kind.INLINE, service, WRAPPED_KEY_BYTES)
         self._stored = _cipher(Kind.STORED, service, KEY_ID_BYTES)
@@ -353,7 +353,7 @@ class ServiceHandle:
         Only verified bytes reach ``target``; if an error is raised they are not the whole, so throw them away.
 
         Raises:
-            as ``decrypt``; TenantDark also in the middle, when the tenant is killed meanwhile.
+            as ``decrypt``; in the middle too: when the tenant is killed, or could be with nobody here hearing of it.
         """
         return self._running.decrypt(source, target, encode_context(context), self._subjects)
 

@@ -3,7 +3,7 @@
 
 Invariant: runs of rows are handed out in their order, and when one fails no more are: the error that is raised is that
 of the first run that failed, whichever thread had it. Keys held for a whole call are wiped when the tenant goes dark or
-one of them was shredded.
+one of them was shredded, and are not decrypted with while the Core is out of touch, which could not tell of that.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from typing import Final
 
 from ..crypto import IdSet, KeyRing, Places
 from ..errors import InvalidInput, SecretMemoryError, StoreUnavailable, TenantDark
+from ..keys import KeyService
 from ..waiting import Waiting
+from .touch import Touch
 
 MOST_THREADS: Final = 256
 RUN_BYTES: Final = 16 * 1024 * 1024
@@ -99,7 +101,8 @@ class _ShreddedError(Exception):
 class HeldKeys:
     """The rings of open keys that calls of one service hold."""
 
-    def __init__(self, tenant: str) -> None:
+    def __init__(self, core: KeyService, tenant: str) -> None:
+        self._core = core
         self._tenant = tenant
         self.after_fork()
 
@@ -114,6 +117,10 @@ class HeldKeys:
     def epoch(self) -> int:
         """A number that grows when every ring is wiped; taken before keys are opened."""
         return self._epoch
+
+    def touch(self) -> Touch:
+        """To be made before keys are opened, and asked before each run that decrypts with them."""
+        return Touch(self._core)
 
     def again(self, act: Callable[[], None]) -> None:
         """Do what opens keys, holds and uses them; once more, with keys opened anew, where some of them were shredded.

@@ -11,6 +11,7 @@ tag each; STREAM (Hoang et al., CRYPTO 2015) over XAES-256-GCM.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from ..crypto import StreamCipher
@@ -94,27 +95,59 @@ def seal_segments(cipher: StreamCipher, source: Reader, target: Writer) -> int:
         data = following
 
 
-def open_segments(cipher: StreamCipher, source: Reader, target: Writer) -> int:
-    """Decrypt ``source`` to its end; the number of bytes written.
+class Opening:
+    """A stream's segments, while they are decrypted.
 
-    Raises:
-        DecryptError: a segment does not verify, or the stream does not end where it should.
+    Args:
+        cipher: the stream's, before its first segment.
+        source: read to its end.
+        target: where the plaintext goes.
+        may: asked before every segment whether it may be opened; None for always.
+
+    Attributes:
+        written: bytes so far.
     """
-    written = 0
-    first = True
-    data = read_exactly(source, _SEALED + COMMITMENT_BYTES)
-    full = _SEALED + COMMITMENT_BYTES
-    while True:
-        following = read_exactly(source, _SEALED) if len(data) == full else b""
-        last = not following
-        opened = cipher.open(data, last)
-        # An empty last segment is canonical only as the first: the one before it should have been the last.
-        if opened is None or (last and not opened and not first):
-            raise DecryptError
-        written += write_fully(target, opened)
-        if last:
-            return written
-        data, full, first = following, _SEALED, False
+
+    def __init__(
+        self, cipher: StreamCipher, source: Reader, target: Writer, may: Callable[[], bool] | None = None
+    ) -> None:
+        self._cipher = cipher
+        self._source = source
+        self._target = target
+        self._may = may
+        self._data = b""
+        self._following: bytes | None = None
+        self._first = True
+        self.written = 0
+
+    def run(self) -> bool:
+        """Decrypt to the end; False where ``may`` said no: then call this again to go on there.
+
+        Raises:
+            DecryptError: a segment does not verify, or the stream does not end where it should.
+        """
+        while True:
+            following = self._following if self._following is not None else self._read()
+            if self._may is not None and not self._may():
+                return False
+            last = not following
+            opened = self._cipher.open(self._data, last)
+            # An empty last segment is canonical only as the first: the one before it should have been the last.
+            if opened is None or (last and not opened and not self._first):
+                raise DecryptError
+            self.written += write_fully(self._target, opened)
+            if last:
+                return True
+            self._data, self._following, self._first = following, None, False
+
+    def _read(self) -> bytes:
+        """Read one segment ahead, to know which is the last."""
+        full = _SEALED
+        if self._first:
+            full += COMMITMENT_BYTES
+            self._data = read_exactly(self._source, full)
+        self._following = read_exactly(self._source, _SEALED) if len(self._data) == full else b""
+        return self._following
 
 
 def stream_shape(size: int) -> tuple[int, int]:

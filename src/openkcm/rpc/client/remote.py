@@ -135,7 +135,7 @@ class RemoteCore:
     def __repr__(self) -> str:
         return f"<RemoteCore {', '.join(self._endpoints.addresses)}{' closed' if self._closed else ''}>"
 
-    # ---- what a Gateway needs (keys.KeyService) ------------------------------------------------------
+    # ---- what a Gateway needs (keys.FarKeyService) ---------------------------------------------------
 
     def find_service(self, tenant: str, name: str) -> Service:
         """As ``Core.find_service``."""
@@ -214,6 +214,10 @@ class RemoteCore:
     def lease(self, service: Service) -> float:
         """As ``Core.lease``, from what the Core last said, and 0 unless the watch stream was heard just now."""
         return self._granted.get(service.service_id, 0.0) if self._heard() else 0.0
+
+    def in_touch(self, opened: float) -> bool:
+        """As ``FarKeyService.in_touch``."""
+        return self._heard() or awake_clock() - opened < STALE_SECONDS
 
     def rewrap_keys(
         self, service: Service, wrapped: WrappedKeys
