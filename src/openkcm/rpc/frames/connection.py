@@ -65,11 +65,12 @@ class Connection:
 
 
 class Refused(Exception):
-    """A peer that TLS has let in, and we do not."""
+    """A peer that TLS has let in, and we do not; ``accepted`` says whether that is its certificate's doing."""
 
-    def __init__(self, reason: str, identity: str = "") -> None:
+    def __init__(self, reason: str, identity: str = "", *, accepted: bool = False) -> None:
         super().__init__(reason)
         self.identity = identity
+        self.accepted = accepted
 
 
 def listen(address: str) -> socket.socket:

@@ -209,7 +209,7 @@ class FrameServer:
                 idle = [(each, each.peer) for each in self._connections.values() if each.peer and each.idle]
             for connection, peer in idle:
                 if not self._is_accepted(peer):
-                    self._denials.note(peer.identity, NOT_ACCEPTED, connection.address)
+                    self._denials.note(peer.identity, NOT_ACCEPTED, connection.address, accepted=False)
                     with self._lock:
                         connection.end()
 
@@ -282,7 +282,7 @@ class FrameServer:
             connection.out = _told(error)
             self._say_last(connection)
         except Refused as refused:
-            self._denials.note(refused.identity, str(refused), connection.address)
+            self._denials.note(refused.identity, str(refused), connection.address, accepted=refused.accepted)
             self._say_last(connection)
         except (OSError, ValueError) as error:
             if connection.peer is None:
@@ -406,7 +406,7 @@ class FrameServer:
             raise Refused(NOT_ACCEPTED, identity) from None
         if not self._shares.take(peer):
             connection.out = _told(CoreUnavailable("this Core has no more connections for one certificate"))
-            raise Refused("a connection above the limit for one certificate", identity)
+            raise Refused("a connection above the limit for one certificate", identity, accepted=True)
         connection.peer = peer
         with self._lock:
             self._shaking.pop(sock.fileno(), None)

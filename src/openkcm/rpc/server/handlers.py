@@ -105,7 +105,8 @@ class KeyHandlers:
     def refused(self, error: Exception, name: str, peer: Peer | None) -> None:
         """Note what became of a call: who was refused for the audit record, and our own bugs for the log."""
         if isinstance(error, AccessDenied):
-            self._denials.note(peer.identity if peer else "", name, peer.address if peer else "")
+            who, where = (peer.identity, peer.address) if peer else ("", "")
+            self._denials.note(who, name, where, accepted=peer is not None and self._is_accepted(peer))
         elif not isinstance(error, OpenKCMError):
             logger.exception("%s failed", name)
 
@@ -122,6 +123,13 @@ class KeyHandlers:
         self.check_peer(peer)
         if not self.core.access.sees(peer.identity, EVERY):
             raise AccessDenied(wire.REFUSED)
+
+    def _is_accepted(self, peer: Peer) -> bool:
+        try:
+            self.check_peer(peer)
+            return True
+        except OpenKCMError:
+            return False
 
     def may_any(self, peer: Peer, tenant: str, service: str) -> bool:
         """Whether the peer may do anything at all with a service's data keys."""
