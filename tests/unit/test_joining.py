@@ -13,7 +13,7 @@ from openkcm.crypto import SecretKeys, generate_keys, random_bytes
 from openkcm.errors import CoreUnavailable, DecryptError, InternalError, KeyDestroyed, TenantDark
 from openkcm.keys import Kind, OpenedKeys, Service, WrappedKeys
 from openkcm.limits import KEY_ID_BYTES, WRAPPED_KEY_BYTES
-from openkcm.rpc.client.joining import Joined
+from openkcm.rpc.client.joining import MOST_LANES, Joined, _Lane
 from remote_support import SECONDS, until
 from support import refused
 
@@ -188,6 +188,77 @@ def test_versions_and_kinds_are_not_mixed() -> None:
     until(lambda: len(core.asked) == 4)
     core.held.set()
     assert all(caller.result() for caller in callers)
+
+
+def test_what_versions_are_made_up_does_not_stay() -> None:
+    core = FakeCore()
+    joined = Joined(core.ask)
+    for version in range(1, 20 * MOST_LANES):
+        joined.unwrap(SERVICE, a_key(version=version), time.monotonic() + SECONDS)
+        assert len(joined._lanes) <= MOST_LANES
+
+
+def test_a_lane_with_somebody_in_it_is_not_let_go() -> None:
+    core = FakeCore()
+    joined = Joined(core.ask, 1)
+    busy = occupied(core, joined, 1)
+    (lane,) = joined._lanes.values()
+    others = [Caller(joined, a_key(version=version)) for version in range(2, MOST_LANES + 2)]
+    until(lambda: len(core.asked) == len(others) + 1)
+    assert lane in joined._lanes.values()
+    assert len(joined._lanes) == len(others) + 1, "all are in use"
+    queued = Caller(joined, a_key())
+    until(lambda: waiting(joined) == 1)
+    core.held.set()
+    for caller in (*busy, *others, queued):
+        assert len(caller.result()[0]) == 1
+    joined.unwrap(SERVICE, a_key(version=9999), time.monotonic() + SECONDS)
+    assert len(joined._lanes) == 1
+
+
+def test_who_finds_a_lane_that_is_closed_looks_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = FakeCore()
+    joined = Joined(core.ask)
+    joined.unwrap(SERVICE, a_key(), time.monotonic() + SECONDS)
+    (lane,) = joined._lanes.values()
+    board = _Lane.board
+
+    def overtaken(self: _Lane, key: bytes) -> object:
+        if self is lane:
+            # By so many others, between look and use, that it is let go.
+            for version in range(2, MOST_LANES + 2):
+                joined._make(lane.place._replace(version=version))
+        return board(self, key)
+
+    monkeypatch.setattr(_Lane, "board", overtaken)
+    keys, _, _ = joined.unwrap(SERVICE, a_key(), time.monotonic() + SECONDS)
+    assert keys is core.given[1]
+    assert lane not in joined._lanes.values()
+
+
+def test_threads_with_versions_of_their_own_get_their_keys() -> None:
+    core = FakeCore()
+    joined = Joined(core.ask)
+    errors: list[BaseException] = []
+
+    def use(number: int) -> None:
+        try:
+            for at in range(300):
+                wrapped = a_key(version=1 + (number + at * 7) % (2 * MOST_LANES))
+                keys, failures, _ = joined.unwrap(SERVICE, wrapped, time.monotonic() + SECONDS)
+                assert len(keys) == 1 and not failures
+                keys.wipe()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=use, args=(number,)) for number in range(8)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(SECONDS)
+    assert errors == []
+    assert all(not lane._underway and lane._waiting is None for lane in joined._lanes.values())
+    assert len(joined._lanes) <= MOST_LANES + len(threads)
 
 
 def test_an_error_of_the_call_is_each_callers_own() -> None:

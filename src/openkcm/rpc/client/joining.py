@@ -6,7 +6,7 @@ what comes then is joined into the call that follows. Each caller gets a handle 
 failure; whoever is interrupted in a call leaves it to those who had joined it. Who asks for an inline key that a call
 under way is opening shares its answer, which is thus at most a call's time old. For a stored key that is not good
 enough, since no record may be encrypted under a key whose shredding was acknowledged before: that waits for the next
-call.
+call. What is kept between calls is bounded, whatever the records say that come.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from ...waiting import THREADS, Waiting
 
 UNDERWAY: Final = 2
 """Calls of one service, kind and version at a time."""
+
+MOST_LANES: Final = 64
+"""From so many on, those that nobody is in are let go: a version is four bytes of a record that nobody vouched for."""
 
 Ask: TypeAlias = Callable[[Service, WrappedKeys, float], OpenedKeys]
 """Opens keys; the answer is of use until a moment of ``time.monotonic``."""
@@ -70,10 +73,19 @@ class _Lane:
         self._underway = 0
         self._waiting: _Batch | None = None
         self._flying: dict[bytes, _Batch] = {}
+        self._closed = False
 
-    def board(self, key: bytes) -> tuple[_Batch, bool]:
-        """The batch that a key is opened in, and whether the caller makes its call."""
+    def close(self) -> bool:
+        """Let nobody in any more; False, and no more than that, where somebody is under way or waits."""
         with self._lock:
+            self._closed = not self._underway and self._waiting is None
+            return self._closed
+
+    def board(self, key: bytes) -> tuple[_Batch, bool] | None:
+        """The batch that a key is opened in, and whether the caller makes its call; None where it is closed."""
+        with self._lock:
+            if self._closed:
+                return None
             batch = self._flying.get(key) or self._waiting
             leads = False
             if key not in self._flying and (self._underway < self._most or _is_full(batch)):
@@ -144,6 +156,7 @@ class Joined:
         self._ask = ask
         self._most = most
         self._lanes: dict[_Place, _Lane] = {}
+        self._making = threading.Lock()
 
     def unwrap(self, service: Service, wrapped: WrappedKeys, end: float) -> OpenedKeys:
         """Open one key; see ``KeyService.unwrap_keys``.
@@ -152,12 +165,12 @@ class Joined:
             end: until when an answer is of use, on ``time.monotonic``.
         """
         place = _Place(service.service_id, wrapped.kind, wrapped.version)
-        lane = self._lanes.get(place) or self._lanes.setdefault(
-            place, _Lane(place, self._most, self._waiting)
-        )
         key = wrapped.wrapped + wrapped.ids
         while True:
-            batch, leads = lane.board(key)
+            lane = self._lanes.get(place) or self._make(place)
+            while (boarded := lane.board(key)) is None:
+                lane = self._make(place)  # it was closed between look and use
+            batch, leads = boarded
             try:
                 if leads:
                     self._lead(lane, batch, service, end)
@@ -170,6 +183,16 @@ class Joined:
                 return lane.take(batch, key)
             # Who made the call was interrupted in it, which is nobody else's concern: one of us makes it again.
             lane.leave(batch)
+
+    def _make(self, place: _Place) -> _Lane:
+        """The lane of a place, which is made where there is none."""
+        with self._making:
+            lane = self._lanes.get(place)
+            if lane is None:
+                if len(self._lanes) >= MOST_LANES:
+                    self._lanes = {at: each for at, each in self._lanes.items() if not each.close()}
+                lane = self._lanes[place] = _Lane(place, self._most, self._waiting)
+            return lane
 
     def _lead(self, lane: _Lane, batch: _Batch, service: Service, end: float) -> None:
         """Make a batch's call when it is its turn, and let the next go; the error is for all who wait."""
