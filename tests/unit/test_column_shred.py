@@ -86,6 +86,25 @@ def test_a_shred_of_somebody_else_disturbs_nobody(
     assert runs == [0, 8, 16, 24, 32]
 
 
+def test_a_shred_between_opening_and_the_first_run(
+    service: ServiceHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sealed = service.encrypt_column(COLUMN, subjects=pa.array(NAMES))
+    before = service._core.unwrap_keys
+
+    def shredded(*arguments: Any) -> object:
+        answer = before(*arguments)
+        service.shred("ann")
+        return answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(service._core, "unwrap_keys", shredded)
+        opened, _ = service.decrypt_column(sealed, errors="null")
+    assert opened.to_pylist() == [
+        None if name == "ann" else text for name, text in zip(NAMES, TEXTS, strict=True)
+    ]
+
+
 def test_shreds_without_end_are_an_end(service: ServiceHandle, between: Callable[..., list[int]]) -> None:
     service.encrypt(b"x", subject="ann")
     between(-1, lambda: None)

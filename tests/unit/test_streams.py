@@ -8,6 +8,7 @@ import os
 import random
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -143,6 +144,58 @@ def test_streams_outlive_rotation(service: ServiceHandle) -> None:
     sealed = seal(service, b"x" * 70_000)
     service._core.rotate_service("acme", "records")  # type: ignore[attr-defined]
     assert open_stream(service, sealed) == b"x" * 70_000
+
+
+@pytest.mark.parametrize("direction", ["encrypt", "decrypt"])
+@pytest.mark.parametrize("who", ["ann", "bob"])
+def test_a_shred_stops_the_streams_of_its_subject_alone(
+    service: ServiceHandle, direction: str, who: str
+) -> None:
+    data = bytes(10 * SEGMENT_BYTES)
+    sealed = seal(service, data, subject="ann")
+    service.encrypt(b"x", subject="bob")
+
+    class Shredding(io.BytesIO):
+        count = 0
+
+        def read(self, size: int | None = -1, /) -> bytes:
+            self.count += 1
+            if self.count == 5:
+                service.shred(who)
+            return super().read(size)
+
+    target = io.BytesIO()
+    if direction == "encrypt":
+
+        def act() -> None:
+            service.encrypt_stream(Shredding(data), target, subject="ann")
+    else:
+
+        def act() -> None:
+            service.decrypt_stream(Shredding(sealed), target)
+
+    if who == "ann":
+        refused(act, KeyDestroyed)
+        assert len(target.getvalue()) < 5 * SEGMENT_BYTES
+    else:
+        act()
+        assert len(target.getvalue()) >= 10 * SEGMENT_BYTES
+
+
+def test_a_shred_between_opening_and_the_first_segment(
+    service: ServiceHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sealed, target = seal(service, bytes(10 * SEGMENT_BYTES), subject="ann"), io.BytesIO()
+    before = service._core.unwrap_keys
+
+    def shredded(*arguments: Any) -> object:
+        answer = before(*arguments)
+        service.shred("ann")
+        return answer
+
+    monkeypatch.setattr(service._core, "unwrap_keys", shredded)
+    refused(lambda: service.decrypt_stream(io.BytesIO(sealed), target), KeyDestroyed)
+    assert not target.getvalue()
 
 
 @pytest.mark.parametrize("direction", ["encrypt", "decrypt"])

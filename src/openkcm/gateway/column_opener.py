@@ -150,7 +150,7 @@ class ColumnOpener:
 
     def _open_rings(self, job: Job, failures: Failures, table: Table, first: int) -> None:
         """Open the rows of one ring's worth of ids: a ring for each service key version among their keys."""
-        epoch, touch = self._held.epoch, self._held.touch()
+        since, touch = self._held.now(), self._held.touch()
         ids = table.values(first, first + RING)
         slices = self._open_ids(ids)
         failed = {
@@ -165,7 +165,7 @@ class ColumnOpener:
             rounds = [each.round(turn) for each in slices]
             rings.append(KeyRing(first, [keys for keys, _ in rounds], [each.ids for each in slices]))
             marks.append(b"".join([each for _, each in rounds]))
-        with self._held.hold(rings, b"".join(ids), epoch):
+        with self._held.holding(rings, b"".join(ids), since):
             for ring, left_out in zip(rings, marks, strict=True):
                 self._open_ring(job, failures, table, ring, left_out if any(left_out) else b"", failed, still)
 

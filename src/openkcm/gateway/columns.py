@@ -255,7 +255,7 @@ class ColumnSealer:
 
     def _seal_ring(self, job: Job, names: Cells, table: Table, first: int) -> None:
         """Seal the rows of one ring's worth of subjects."""
-        epoch = self._held.epoch
+        since = self._held.now()
         opened = list(self._subjects.open_chunks(decode_subjects(table, first)))
         ring = KeyRing(first, [each.keys for each in opened], [each.ids for each in opened])
 
@@ -264,7 +264,7 @@ class ColumnSealer:
                 self._stored, job.cells, job.contexts, job.places, start, stop, table, names, ring
             )
 
-        with self._held.hold([ring], b"".join([each.ids for each in opened]), epoch):
+        with self._held.holding([ring], b"".join([each.ids for each in opened]), since):
             job.share(LONG_RUN, seal)
 
 

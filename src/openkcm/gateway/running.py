@@ -1,39 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """Streams that are under way.
 
-Invariant: a stream's key can be wiped from outside at any time, and then its next segment fails with the reason:
-a kill does not wait for a large file. Nor does it where nobody can tell of it: a stream is decrypted on only as long as
-the Core is in touch, or opens its key once more.
+Invariant: a stream's key can be wiped from outside at any time, and then its next segment fails with the reason: a
+kill or a shred does not wait for a large file. Nor does a kill where nobody can tell of it: a stream is decrypted on
+only as long as the Core is in touch, or opens its key once more.
 """
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..crypto import SecretKeys, StreamCipher
 from ..envelope import Envelope, fixed_header, payload_aad
-from ..errors import DecryptError, SecretMemoryError, TenantDark
+from ..errors import DecryptError, KeyDestroyed
 from ..keys import KeyService, Kind, Service, WrappedKeys
 from ..waiting import waiting_of
 from .streams import Opening, Reader, Writer, read_header, seal_segments, write_fully
 from .subjects import SubjectKeys
 from .touch import Touch
+from .under_way import Moment, ShreddedError, UnderWay
 
 
-class _Running:
-    __slots__ = ("__weakref__", "cipher")
-
-    def __init__(self, cipher: StreamCipher) -> None:
-        self.cipher = cipher
-
-
-class RunningStreams:
+class RunningStreams(UnderWay):
     """The streams of one service."""
 
     def __init__(self, core: KeyService, service: Service) -> None:
+        super().__init__(service.tenant)
         self._core = core
         self._service = service
         waiting = waiting_of(core)
@@ -41,14 +34,6 @@ class RunningStreams:
         self._write = waiting.apart(_write)
         self._read_header = waiting.apart(read_header)
         self._open_segments = waiting.apart(Opening.run)
-        self._lock = threading.Lock()
-        self._epoch = 0
-        self._streams: weakref.WeakSet[_Running] = weakref.WeakSet()
-
-    @property
-    def epoch(self) -> int:
-        """A number that grows when every stream is stopped."""
-        return self._epoch
 
     def encrypt(
         self,
@@ -57,28 +42,30 @@ class RunningStreams:
         version: int,
         data_key: bytes,
         context: bytes,
-        epoch: int,
+        since: Moment,
         source: Reader,
         target: Writer,
     ) -> int:
         """Write header and segments; ``keys`` holds the one data key and is wiped.
 
-        ``epoch`` was taken before the key was wrapped, so that a kill since then is not missed.
+        ``since`` was taken before the key was wrapped or opened, so that a kill or a shred since then is not missed.
         """
-        with self._run(keys, self._aad(kind, data_key, context), None, epoch) as cipher:
+        key_id = data_key if kind.stored else b""
+        with self._run(keys, key_id, self._aad(kind, data_key, context), None, since) as cipher:
             header = fixed_header(kind, self._service.service_id, version) + data_key + cipher.nonce
             return self._write(cipher, header, source, target)
 
     def decrypt(self, source: Reader, target: Writer, context: bytes, subjects: SubjectKeys) -> int:
         """Read header and segments."""
-        epoch = self._epoch
+        since = self.now()
         envelope = self._read_header(source)
         if envelope.service_id != self._service.service_id:
             raise DecryptError
         touch = Touch(self._core)
         keys = self._open_key(envelope, subjects)
         aad = self._aad(envelope.kind, envelope.data_key, context)
-        with self._run(keys, aad, envelope.nonce, epoch) as cipher:
+        key_id = envelope.data_key if envelope.kind.stored else b""
+        with self._run(keys, key_id, aad, envelope.nonce, since) as cipher:
             opening = Opening(cipher, source, target, touch.stands)
             while not self._open_segments(opening):
                 touch.check(lambda: self._open_key(envelope, subjects).wipe())
@@ -102,32 +89,20 @@ class RunningStreams:
         return payload_aad(kind, self._service.service_id) + (data_key if kind.stored else b"") + context
 
     @contextmanager
-    def _run(self, keys: SecretKeys, aad: bytes, nonce: bytes | None, epoch: int) -> Iterator[StreamCipher]:
-        cipher = StreamCipher(keys, 0, aad, nonce)
-        keys.wipe()
-        running = _Running(cipher)
-        with self._lock:
-            self._streams.add(running)
-            if epoch != self._epoch:
-                cipher.wipe()
+    def _run(
+        self, keys: SecretKeys, key_id: bytes, aad: bytes, nonce: bytes | None, since: Moment
+    ) -> Iterator[StreamCipher]:
         try:
-            yield cipher
-        except SecretMemoryError:
-            if self._epoch == epoch or not cipher.wiped:
-                raise
-            raise TenantDark(
-                f"the tenant {self._service.tenant} went dark while the stream was running; it was stopped"
-            ) from None
+            cipher = StreamCipher(keys, 0, aad, nonce)
         finally:
-            cipher.wipe()
-
-    def wipe(self) -> None:
-        """Stop every stream at its next segment."""
-        with self._lock:
-            self._epoch += 1
-            streams = list(self._streams)
-        for running in streams:
-            running.cipher.wipe()
+            keys.wipe()
+        try:
+            with self.holding([cipher], key_id, since):
+                yield cipher
+        except ShreddedError:
+            raise KeyDestroyed(
+                "this subject's data key was shredded while the stream was running; it was stopped"
+            ) from None
 
 
 def _write(cipher: StreamCipher, header: bytes, source: Reader, target: Writer) -> int:

@@ -71,8 +71,9 @@ class ServiceHandle:
         self._pool_policy = pool
         self._background = background
         self._leases = Leases(core, service)
-        self._held = HeldKeys(core, service.tenant)
-        self._subjects = SubjectKeys(core, store, service, self._leases, self._held, background.delivery)
+        self._held, self._running = HeldKeys(core, service.tenant), RunningStreams(core, service)
+        under_way = self._held, self._running
+        self._subjects = SubjectKeys(core, store, service, self._leases, under_way, background.delivery)
         self._inline = _cipher(Kind.INLINE, service, WRAPPED_KEY_BYTES)
         self._stored = _cipher(Kind.STORED, service, KEY_ID_BYTES)
         self._opener = Opener(service, self._leases, self._subjects, self._inline, self._stored)
@@ -335,16 +336,16 @@ class ServiceHandle:
         self, source: Reader, target: Writer, *, context: Context = None, subject: str | None = None
     ) -> int:
         """Encrypt a binary file object of any size into another, in constant memory; returns the bytes written."""
-        encoded, epoch = encode_context(context), self._running.epoch
+        encoded, since = encode_context(context), self._running.now()
         if subject is not None:
             opened = self._subjects.open([subject])
             return self._running.encrypt(
-                Kind.STORED_STREAM, opened.keys, 0, opened.ids, encoded, epoch, source, target
+                Kind.STORED_STREAM, opened.keys, 0, opened.ids, encoded, since, source, target
             )
         keys = generate_keys(1)
         wrapped = self._core.wrap_keys(self._service, keys, Kind.INLINE_STREAM)
         return self._running.encrypt(
-            Kind.INLINE_STREAM, keys, wrapped.version, wrapped.wrapped, encoded, epoch, source, target
+            Kind.INLINE_STREAM, keys, wrapped.version, wrapped.wrapped, encoded, since, source, target
         )
 
     def decrypt_stream(self, source: Reader, target: Writer, *, context: Context = None) -> int:
@@ -488,7 +489,7 @@ class ServiceHandle:
         background = self._background
         self._pool = Pool(self._core, self._service, self._pool_policy, background.refills)
         self._shared = SharedKeys(self._pool, self._policy)
-        self._running = RunningStreams(self._core, self._service)
+        self._running.after_fork()
         self._subjects.after_fork()
         self._leases.after_fork()
         self._held.after_fork()

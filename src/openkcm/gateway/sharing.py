@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Final
 
-from ..crypto import IdSet, KeyRing, Places
-from ..errors import InvalidInput, SecretMemoryError, StoreUnavailable, TenantDark
+from ..crypto import Places
+from ..errors import InvalidInput, StoreUnavailable
 from ..keys import KeyService
 from ..waiting import Waiting
 from .touch import Touch
+from .under_way import ShreddedError, UnderWay
 
 MOST_THREADS: Final = 256
 RUN_BYTES: Final = 16 * 1024 * 1024
@@ -94,29 +93,12 @@ class _Runs:
             raise self._failed[min(self._failed)]
 
 
-class _ShreddedError(Exception):
-    """Keys of the ring were shredded while it was used."""
-
-
-class HeldKeys:
-    """The rings of open keys that calls of one service hold."""
+class HeldKeys(UnderWay):
+    """The rings of open keys that the columns of one service hold."""
 
     def __init__(self, core: KeyService, tenant: str) -> None:
+        super().__init__(tenant)
         self._core = core
-        self._tenant = tenant
-        self.after_fork()
-
-    def after_fork(self) -> None:
-        """Start without rings: those under way are the parent's."""
-        self._lock = threading.Lock()
-        self._epoch = 0
-        self._rings: dict[KeyRing, bytes] = {}
-        self._shredded: weakref.WeakSet[KeyRing] = weakref.WeakSet()
-
-    @property
-    def epoch(self) -> int:
-        """A number that grows when every ring is wiped; taken before keys are opened."""
-        return self._epoch
 
     def touch(self) -> Touch:
         """To be made before keys are opened, and asked before each run that decrypts with them."""
@@ -129,61 +111,7 @@ class HeldKeys:
             StoreUnavailable: that happened again and again.
         """
         for _ in range(_TRIES):
-            with contextlib.suppress(_ShreddedError):
+            with contextlib.suppress(ShreddedError):
                 act()
                 return
         raise StoreUnavailable("subjects of this column are shredded again and again; try once more")
-
-    @contextmanager
-    def hold(self, rings: Sequence[KeyRing], ids: bytes, epoch: int) -> Iterator[None]:
-        """Keep rings within reach of ``wipe`` and ``forget`` while they are used; they are wiped at the end.
-
-        Args:
-            rings: of the same keys' ids, at most one of which is used at a time.
-            ids: the packed ids of their keys.
-            epoch: as it was before the keys were opened.
-
-        Raises:
-            TenantDark: they were wiped meanwhile.
-        """
-        with self._lock:
-            self._rings.update(dict.fromkeys(rings, ids))
-            dark = epoch != self._epoch
-        try:
-            if dark:
-                _wipe(rings)
-            yield
-        except SecretMemoryError:
-            if epoch != self._epoch:
-                raise TenantDark(
-                    f"the tenant {self._tenant} went dark while a column was worked on; it was stopped"
-                ) from None
-            if any(each in self._shredded for each in rings):
-                raise _ShreddedError from None
-            raise
-        finally:
-            with self._lock:
-                for each in rings:
-                    del self._rings[each]
-            _wipe(rings)
-
-    def wipe(self) -> None:
-        """Zero every key that is held; the calls that use them stop at their next run."""
-        with self._lock:
-            self._epoch += 1
-            rings = list(self._rings)
-        _wipe(rings)
-
-    def forget(self, ids: frozenset[bytes]) -> None:
-        """Data keys were shredded: wipe the rings that hold one, whose calls open what is left of them anew."""
-        packed = b"".join(ids)
-        with self._lock:
-            held = list(self._rings.items())
-        rings = [ring for ring, own in held if IdSet(own).positions(packed)]
-        self._shredded.update(rings)  # before they are wiped, so that who meets that knows why
-        _wipe(rings)
-
-
-def _wipe(rings: Iterable[KeyRing]) -> None:
-    for ring in rings:
-        ring.wipe()

@@ -24,7 +24,7 @@ from ..limits import KEY_ID_BYTES, MAX_KEYS_PER_CALL, MAX_SUBJECT_BYTES, WRAPPED
 from .background import Delivery
 from .keystore import KeyStore, StoredKey
 from .leases import Leases
-from .sharing import HeldKeys
+from .under_way import UnderWay
 
 CACHED: Final = 131_072
 """Wrapped keys kept in memory for each service: some 67 MB, where there are so many."""
@@ -61,12 +61,12 @@ class SubjectKeys:
         store: KeyStore,
         service: Service,
         leases: Leases,
-        held: HeldKeys,
+        under_way: Sequence[UnderWay] = (),
         delivery: Delivery | None = None,
     ) -> None:
         self._core = core
         self._leases = leases
-        self._held = held
+        self._under_way = under_way
         self._store = store
         self._delivery = delivery
         self._buried: set[bytes] = set()
@@ -376,7 +376,8 @@ class SubjectKeys:
         """Data keys were shredded: let go of what is cached of them, kept open, and under way."""
         self.forget(ids)
         self._leases.forget(frozenset(ids))
-        self._held.forget(frozenset(ids))
+        for each in self._under_way:
+            each.forget(frozenset(ids))
 
     def after_fork(self) -> None:
         """Another thread of the parent may have held the lock."""
