@@ -120,9 +120,25 @@ class KeyDisabled(OpenKCMError):
 
 
 class TenantDark(KeyDisabled):
-    """The tenant's keys are off: an operator killed it, or its root said no."""
+    """The tenant's keys are off: an operator killed it, or its root said no.
+
+    ``told`` is what a Gateway on the network is told in the place of the message, which has the root's own words.
+    """
 
     code = "tenant_dark"
+    told: str = "the tenant's keys are off; the Core's operators can see why"
+
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        told: str | None = None,
+        index: int | None = None,
+        retryable: bool | None = None,
+    ) -> None:
+        super().__init__(message, index=index, retryable=retryable)
+        if told is not None:
+            self.told = told
 
 
 class RootDisabled(KeyDisabled):

@@ -65,6 +65,10 @@ RELIEF_SECONDS: Final = 0.05
 
 MAX_GRACE: Final = 3600.0
 
+REFUSES: Final = "refuses"
+SILENT: Final = "has not answered for too long"
+"""Why a tenant is dark, for those who are not to have the root's own words."""
+
 
 @dataclass(frozen=True, slots=True)
 class Probe:
@@ -89,6 +93,7 @@ class _Watched:
     digest: bytes | None
     state: TenantState = TenantState.LIVE
     reason: str = ""
+    kind: str = f"{REFUSES}, or {SILENT}"
     asked: float = -math.inf
     refused: float = -math.inf
     first_refused: float = -math.inf
@@ -146,7 +151,7 @@ class Liveness:
             if watched.state is TenantState.DARK:
                 # No lock: whoever brought the state about zeroes and records, and the users of a dark tenant, who may
                 # be many and busy, must cost its neighbours little.
-                raise TenantDark(self._explain(watched))
+                raise self._explain(watched)
             self._overdue(watched)
 
     def _overdue(self, watched: _Watched) -> None:
@@ -158,7 +163,7 @@ class Liveness:
         finally:
             self._record(watched)
         if watched.state is TenantState.DARK:
-            raise TenantDark(self._explain(watched))
+            raise self._explain(watched)
 
     def _settled_by_time(self, watched: _Watched) -> bool:
         """Whether the keys may be used without asking: somebody else's answer came, or is waited for."""
@@ -192,7 +197,7 @@ class Liveness:
             watched.asked = self._clock()
             self._no(watched, error)
         self._record(watched)
-        return TenantDark(self._explain(watched))
+        return self._explain(watched)
 
     def silent(self, tenant: str, error: RootUnavailable) -> None:
         """A root did not answer an opening; it is not asked again for a moment."""
@@ -200,7 +205,7 @@ class Liveness:
         again = partial(type(error), str(error), retryable=error.retryable)
         self._silent[tenant] = (self._clock() + REFUSAL_SECONDS, again)
 
-    def last_word(self, tenant: str) -> str | None:
+    def last_word(self, tenant: str) -> TenantDark | None:
         """Why the tenant is dark, if its root said so just now and need not be asked again; else None."""
         watched = self._watched.get(tenant)
         if watched is None or watched.state is not TenantState.DARK:
@@ -390,6 +395,7 @@ class Liveness:
     def _no(self, watched: _Watched, error: OpenKCMError) -> None:
         watched.refused = self._clock()
         watched.until = -math.inf
+        watched.kind = REFUSES
         if watched.state is not TenantState.DARK:
             watched.first_refused = watched.refused
             self._change(watched, TenantState.DARK, str(error))
@@ -405,6 +411,7 @@ class Liveness:
                 self._change(watched, TenantState.GRACE, reason)
                 self._turns.once(watched, watched.until)
                 return
+            watched.kind = SILENT
             self._change(watched, TenantState.DARK, reason)
             watched.until = -math.inf
         elif watched.state is TenantState.GRACE and self._clock() >= watched.until:
@@ -412,6 +419,7 @@ class Liveness:
 
     def _grace_over(self, watched: _Watched) -> None:
         watched.until = -math.inf
+        watched.kind = SILENT
         self._change(watched, TenantState.DARK, f"grace is over: {watched.reason}")
 
     def _change(self, watched: _Watched, state: TenantState, reason: str) -> None:
@@ -452,8 +460,11 @@ class Liveness:
             with watched.lock:
                 watched.recorded = watched.state is state
 
-    def _explain(self, watched: _Watched) -> str:
-        return f"the root of tenant {watched.row.tenant} refuses, or is gone for too long: {watched.reason}"
+    def _explain(self, watched: _Watched) -> TenantDark:
+        root = f"the root of tenant {watched.row.tenant}"
+        return TenantDark(
+            f"{root} refuses, or is gone for too long: {watched.reason}", told=f"{root} {watched.kind}"
+        )
 
     def _watch(self, row: TenantRow) -> _Watched:
         with self._lock:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..errors import OpenKCMError
+from ..errors import OpenKCMError, TenantDark
 
 if TYPE_CHECKING:
     from .store import Store
@@ -42,4 +42,7 @@ class Refusals:
     def remember(self, tenant: str, version: int, error: OpenKCMError) -> None:
         """Repeat this error while the store's version, taken before it was read, stays what it is."""
         # Not the error itself, which holds on to every frame that it passes and to the caller's data in them.
-        self._known[tenant] = (version, partial(type(error), str(error)))
+        again: Callable[[], OpenKCMError] = partial(type(error), str(error))
+        if isinstance(error, TenantDark):
+            again = partial(TenantDark, str(error), told=error.told)
+        self._known[tenant] = (version, again)

@@ -41,7 +41,7 @@ from ..roots import Root, open_root
 from . import audit, schema
 from .follower import Follower
 from .keyring import Keyring, ServiceKey
-from .liveness import Liveness
+from .liveness import REFUSES, Liveness
 from .opening import open_sealed_tenant_key, open_service_key, root_context
 from .patience import patiently
 from .refusals import Refusals
@@ -210,7 +210,8 @@ class Vault:
         except (KeyDisabled, KeyDestroyed, AccessDenied) as error:
             if row.state == LIVE:
                 raise self.liveness.refused(row, error) from None
-            raise TenantDark(f"the root of tenant {row.tenant} refuses: {error}") from None
+            told = f"the root of tenant {row.tenant} {REFUSES}"
+            raise TenantDark(f"{told}: {error}", told=told) from None
         except SecretMemoryError:
             self.check_open()  # the seal key was wiped
             raise
@@ -246,7 +247,7 @@ class Vault:
             raise _killed(row.tenant, reason or row.reason)
         refusal = self.liveness.last_word(row.tenant)
         if refusal is not None:
-            raise TenantDark(refusal)
+            raise refusal
 
     def dark_here(self, tenant: str) -> str | None:
         """Why this process keeps a tenant dark that the store calls live, or None: a kill it could not record."""
@@ -431,8 +432,9 @@ def check_seal(seal: WrappingKey, check: bytes, vault_id: bytes, region: str) ->
 
 
 def _killed(tenant: str, why: str) -> TenantDark:
+    told = f"the tenant {tenant} was killed"
     return TenantDark(
-        f"the tenant {tenant} was killed{f' ({why})' if why else ''}; 'openkcm tenant restore' brings it back"
+        f"{told}{f' ({why})' if why else ''}; 'openkcm tenant restore' brings it back", told=told
     )
 
 

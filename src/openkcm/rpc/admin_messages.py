@@ -25,6 +25,7 @@ from . import keys_pb2, wire
 _TOLD: Final = (
     *("root_denied", "root_disabled", "root_destroyed"),
     *("root_misconfigured", "root_unavailable", "root_throttled"),
+    "tenant_dark",
     "store_unavailable",  # a kill that could not be recorded says so in it
 )
 

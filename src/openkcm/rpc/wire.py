@@ -21,6 +21,7 @@ from ..errors import (
     InvalidInput,
     OpenKCMError,
     SecretMemoryError,
+    TenantDark,
     Unavailable,
 )
 from ..keys import Kind, WrappedKeys, check_name
@@ -63,9 +64,11 @@ def failure_of(error: BaseException) -> pb.Failure:
     """What a peer is told of an error."""
     known = isinstance(error, OpenKCMError) and error.code in CLASSES
     told: OpenKCMError = error if known else InternalError()  # type: ignore[assignment]  # it is one of ours
-    if told.code in ("root_denied", "root_disabled"):
-        # Roots are the tenant's own, but how the Core reaches them is not the Gateway's business.
-        return pb.Failure(code="tenant_dark", message="the tenant's root refuses", retryable=False)
+    # Roots are the tenant's own, but how the Core reaches them is not the Gateway's business.
+    if told.code in ("root_denied", "root_disabled", "root_destroyed"):
+        return pb.Failure(code=TenantDark.code, message="the tenant's root refuses", retryable=False)
+    if isinstance(told, TenantDark):
+        return pb.Failure(code=told.code, message=told.told[:1024], retryable=told.retryable)
     if isinstance(told, AccessDenied):
         return pb.Failure(code=AccessDenied.code, message=REFUSED)
     plain = [text for kind, text in _PLAIN.items() if kind in type(told).__mro__]
