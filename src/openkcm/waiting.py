@@ -16,6 +16,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final, Protocol, TypeVar
 
+from .errors import Unavailable
+
 F = TypeVar("F", bound=Callable[..., Any])
 S = TypeVar("S")
 
@@ -95,13 +97,13 @@ class Waiting(Protocol):
         """Wait for so long."""
 
     def spawn(self, work: Callable[[], object], name: str) -> None:
-        """Begin something that nobody waits for."""
+        """Begin something that nobody waits for; raises Unavailable where no thread is to be had."""
 
     def timer(self, seconds: float, call: Callable[[], None]) -> Timer:
-        """Have something called, which does not wait itself, in so many seconds."""
+        """Have something called, which does not wait itself, in so many seconds; raises as ``spawn``."""
 
     def together(self, count: int, work: Callable[[], None], name: str) -> None:
-        """Call ``work`` so many times side by side; when this returns or raises, all but this call's own have ended."""
+        """Call ``work`` up to so many times side by side, here for one; all have ended when this returns or raises."""
 
     def connect(self, host: str, port: int, seconds: float) -> socket.socket:
         """A TCP connection; OSError (TimeoutError after so many seconds) where there is none to be had."""
@@ -144,24 +146,27 @@ class Threads:
         time.sleep(seconds)
 
     def spawn(self, work: Callable[[], object], name: str) -> None:
-        """As ``Waiting``; raises RuntimeError where no thread is to be had."""
-        threading.Thread(target=work, name=name, daemon=True).start()
+        """As ``Waiting``."""
+        _start(threading.Thread(target=work, name=name, daemon=True))
 
     def timer(self, seconds: float, call: Callable[[], None]) -> Timer:
-        """As ``Waiting``; raises RuntimeError where no thread is to be had."""
+        """As ``Waiting``."""
         timer = threading.Timer(seconds, call)
         timer.name, timer.daemon = "openkcm-timer", True
-        timer.start()
+        _start(timer)
         return timer
 
     def together(self, count: int, work: Callable[[], None], name: str) -> None:
-        """As ``Waiting``."""
+        """As ``Waiting``; fewer times where no more threads are to be had."""
         others = [
             threading.Thread(target=work, name=f"{name}-{number}", daemon=True) for number in range(1, count)
         ]
         with contextlib.ExitStack() as joins:
             for thread in others:
-                thread.start()
+                try:
+                    _start(thread)
+                except Unavailable:
+                    break
                 joins.callback(thread.join)
             work()
 
@@ -191,6 +196,15 @@ class Threads:
     def store(self, store: S) -> S:
         """As ``heavy``."""
         return store
+
+
+def _start(thread: threading.Thread) -> None:
+    try:
+        thread.start()
+    except RuntimeError:
+        raise Unavailable(
+            "no thread can be started; raise this process's limits on threads and memory"
+        ) from None
 
 
 THREADS: Final = Threads()

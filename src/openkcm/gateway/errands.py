@@ -2,7 +2,8 @@
 """What a Gateway does in the background: errands that are run when they are due.
 
 Invariant: they run one after the other, in a thread that is there only while there are errands; one that fails is no
-caller's failure. Errands do not keep what they are for alive.
+caller's failure. Nor is it one that no thread is to be had: then they wait for the next that is asked for. Errands do
+not keep what they are for alive.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, Final
 
+from ..errors import Unavailable
 from ..waiting import THREADS, Waiting
 
 logger = logging.getLogger("openkcm.gateway")
@@ -29,6 +31,7 @@ class Errands:
     def __init__(self, name: str, waiting: Waiting = THREADS) -> None:
         self._name = name
         self._waiting = waiting
+        self._told = False
         self.after_fork()
 
     def after_fork(self) -> None:
@@ -50,8 +53,7 @@ class Errands:
             if known is None or due < known[0] or known[1]() is None:
                 self._due[key] = (due, weakref.WeakMethod(errand))
             if not self._running:
-                self._running = True
-                self._waiting.spawn(self._run, self._name)
+                self._running = self._begin()
             else:
                 self._wake.notify()
 
@@ -61,6 +63,18 @@ class Errands:
             self._stopped = True
             self._due.clear()
             self._wake.notify()
+
+    def _begin(self) -> bool:
+        """Have somebody run the errands; False where nobody can now."""
+        try:
+            self._waiting.spawn(self._run, self._name)
+        except Unavailable as error:
+            if not self._told:
+                self._told = True
+                logger.warning("%s waits: %s", self._name, error)
+            return False
+        self._told = False
+        return True
 
     def _run(self) -> None:
         while (errand := self._next()) is not None:

@@ -16,6 +16,7 @@ from math import inf
 from time import monotonic
 from typing import Final, Protocol
 
+from ..errors import Unavailable
 from ..waiting import Timer, Waiting
 
 logger = logging.getLogger("openkcm.gateway")
@@ -88,7 +89,7 @@ class Expiry:
         goes_off = min(goes_off, now + MOST_SECONDS)
         try:
             self._timer = waiting.timer(goes_off - now, self._tick)
-        except RuntimeError:
+        except (Unavailable, RuntimeError):
             return False  # no thread could be started; those that the old one is for are none the worse
         self._goes_off = goes_off
         if old is not None:

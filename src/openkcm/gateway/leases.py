@@ -147,7 +147,7 @@ class Leases:
             wanted = (
                 epoch == self._epoch
                 and place not in self.kept
-                and self._expiry.ask(self, kept.until - self.clock())
+                and self._expiry.ask(self, kept.until - self.clock())  # what time would not wipe is not kept
             )
             if wanted:
                 self.kept[place] = kept

@@ -9,6 +9,7 @@ to find out whether it is back.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import weakref
@@ -17,7 +18,7 @@ from functools import partial
 from typing import Final, NamedTuple
 
 from ...clock import DICE
-from ...errors import CoreUnavailable, InvalidInput, OpenKCMError
+from ...errors import CoreUnavailable, InvalidInput, OpenKCMError, Unavailable
 from ...waiting import THREADS, Event, Waiting
 from .. import keys_pb2 as pb
 from .. import wire
@@ -25,6 +26,8 @@ from ..credentials import Reading
 from ..session import ChannelReply, Session, begin, finish
 from ..transport import Connector, Stream, Transport
 from .own import OwnFiles
+
+logger = logging.getLogger("openkcm.rpc")
 
 FIRST_PAUSE_SECONDS: Final = 0.25
 LONGEST_PAUSE_SECONDS: Final = 5.0
@@ -187,6 +190,8 @@ class Endpoints:
         self.addresses = [each.address for each in self._all]
         self._lock = threading.Lock()
         self._trying: set[str] = set()
+        self._untried: set[Endpoint] = set()
+        self._told = False
         self._closed = waiting.event()
         self._waiting = waiting
         self.heard: Endpoint | None = None
@@ -210,11 +215,27 @@ class Endpoints:
             if len(self._all) == 1 or endpoint.address in self._trying or self._closed.is_set():
                 return
             self._trying.add(endpoint.address)
-        self._waiting.spawn(partial(_try_again, weakref.ref(self), endpoint, self._closed), "openkcm-retry")
+        try:
+            self._waiting.spawn(
+                partial(_try_again, weakref.ref(self), endpoint, self._closed), "openkcm-retry"
+            )
+        except Unavailable as error:
+            with self._lock:
+                self._trying.discard(endpoint.address)
+                self._untried.add(endpoint)
+            if not self._told:
+                self._told = True
+                logger.warning("%s is not tried again for now: %s", endpoint.address, error)
 
     def answered(self, endpoint: Endpoint) -> None:
         """It answered."""
         endpoint.failures = 0
+        if self._untried:
+            with self._lock:
+                untried, self._untried = self._untried, set()
+            for each in untried:
+                if each.failures:
+                    self.failed(each)
 
     def tried(self, endpoint: Endpoint, answered: bool) -> None:
         """What a trial in the background found out."""

@@ -92,6 +92,8 @@ class GrpcTransport:
             call = self._channel.unary_stream(f"/{self._service}/{method}")(request)
         except ValueError:
             raise CoreUnavailable("the connection to the Core was closed", retryable=self._retired) from None
+        except RuntimeError:
+            raise CoreUnavailable("no thread can be started to listen to the Core") from None
         stream = GrpcStream(call, self._translated, self._end)
         self._under_way.add(stream)
         return stream

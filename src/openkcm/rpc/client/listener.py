@@ -41,6 +41,10 @@ class Watcher:
         endpoints: where.
         tell: is called for every change, weakly held; its end ends this.
         waiting: how it waits.
+        late: whether keys may be held from before, of which nobody could tell.
+
+    Raises:
+        Unavailable: no thread is to be had for it.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class Watcher:
         endpoints: Endpoints,
         tell: weakref.WeakMethod[Callable[[Event], None]],
         waiting: Waiting = THREADS,
+        late: bool = False,
     ) -> None:
         self._endpoints = endpoints
         self._tell = tell
@@ -60,11 +65,15 @@ class Watcher:
         self._heartbeat = 0.25
         self._heard = -1e9
         self._opened = 0.0
-        self._late = False
+        self._late = late
         self._returning = False
         self._spoken = waiting.event()
-        waiting.spawn(self._run, "openkcm-watch")
         waiting.spawn(self._guard, "openkcm-watch-guard")
+        try:
+            waiting.spawn(self._run, "openkcm-watch")
+        except BaseException:
+            self.stop()
+            raise
 
     def is_heard(self) -> bool:
         """Whether the Core was heard in the last three heartbeats."""

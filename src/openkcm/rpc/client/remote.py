@@ -10,6 +10,7 @@ a tenant went dark are not handed out after it. After a fork the child connects 
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -33,6 +34,7 @@ from ...errors import (
     RootUnavailable,
     SecretMemoryError,
     StoreUnavailable,
+    Unavailable,
 )
 from ...keys import Change, Event, Kind, OpenedKeys, Service, WrappedKeys, check_name
 from ...limits import KEY_ID_BYTES, MAX_KEYS_PER_CALL, SERVICE_ID_BYTES
@@ -45,6 +47,8 @@ from .endpoint import Endpoint, Endpoints
 from .joining import Joined
 from .listener import Watcher
 from .own import OwnFiles
+
+logger = logging.getLogger("openkcm.rpc")
 
 M = TypeVar("M", bound=Message)
 
@@ -113,6 +117,7 @@ class RemoteCore:
         self._listeners: dict[int, Callable[[Event], None]] = {}
         self._next = 0
         self._watcher: Watcher | None = None
+        self._unwatched = False
 
     def close(self) -> None:
         """Close every connection. Idempotent."""
@@ -341,12 +346,21 @@ class RemoteCore:
         return True
 
     def _watch_first(self) -> None:
-        """Begin to watch, with the first call that a Gateway makes; where that is slow, go on without."""
+        """Begin to watch, with the first call that a Gateway makes; where that is slow or cannot be, go on without."""
         with self._lock:
             if not self._listeners:
                 return
             if self._watcher is None:
-                self._watcher = Watcher(self._endpoints, weakref.WeakMethod(self._on_event), self.waiting)
+                try:
+                    self._watcher = Watcher(
+                        self._endpoints, weakref.WeakMethod(self._on_event), self.waiting, self._unwatched
+                    )
+                except Unavailable as error:
+                    # As out of touch: nothing is kept open. The next call tries again.
+                    if not self._unwatched:
+                        logger.warning("the Core is not listened to for now: %s", error)
+                    self._unwatched = True
+                    return
             watcher = self._watcher
         watcher.wait(min(FIRST_WORD_SECONDS, self._deadline / 4))
 
