@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import openkcm
+import openkcm.rpc.tls13  # before the tests that import grpc themselves
 from openkcm.gateway import ServiceHandle
 from support import make_vault, open_service
 

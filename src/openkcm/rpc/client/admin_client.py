@@ -47,7 +47,7 @@ def connect_admin(
 
     Raises:
         InvalidInput: an address is none, or the deadline.
-        ConfigurationError: a certificate or a key cannot be used.
+        ConfigurationError: a certificate or a key cannot be used, or gRPC cannot be kept to TLS 1.3 (docs/remote.md).
     """
     return RemoteAdmin([addresses] if isinstance(addresses, str) else list(addresses), tls, deadline)
 

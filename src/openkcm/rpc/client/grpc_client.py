@@ -12,7 +12,7 @@ from typing import Final
 
 from ...errors import CoreUnavailable, InternalError, OpenKCMError
 from .. import keys_pb2 as pb
-from .. import wire
+from .. import tls13, wire
 from ..tls13 import grpc
 from ..transport import Stream
 
@@ -44,6 +44,9 @@ class GrpcTransport:
         server_name: what the server's certificate must be for, if not the host.
         service: the gRPC service that is called.
         most: the largest reply, in bytes.
+
+    Raises:
+        ConfigurationError: gRPC was loaded by others before, so that it cannot be kept to TLS 1.3.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class GrpcTransport:
         service: str = wire.SERVICE_NAME,
         most: int = wire.MAX_MESSAGE_BYTES,
     ) -> None:
+        tls13.check()
         self.address = address
         self._service = service
         key, chain, roots = credentials()

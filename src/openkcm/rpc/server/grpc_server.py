@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 
 from ...errors import AccessDenied, CoreUnavailable, OpenKCMError
 from .. import keys_pb2 as pb
-from .. import wire
+from .. import tls13, wire
 from ..peer import Peer, Peers
 from ..tls13 import grpc
 from .arrivals import Arrivals
@@ -245,7 +245,11 @@ def server_credentials(fetch: Callable[[], Pem]) -> grpc.ServerCredentials:
     Args:
         fetch: the private key, the certificate chain and the roots of clients, each in PEM; what cannot be used must
             not come from here.
+
+    Raises:
+        ConfigurationError: gRPC was loaded by others before, so that it cannot be kept to TLS 1.3.
     """
+    tls13.check()
     last = fetch()
 
     def configuration(parts: Pem) -> Any:
