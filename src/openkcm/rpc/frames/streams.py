@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from ...errors import AccessDenied
+from ...errors import AccessDenied, StoreUnavailable
 from .. import keys_pb2 as pb
 from .. import wire
 from ..peer import Peer
@@ -176,7 +176,7 @@ class Pump:
                 reply = stream.subscriber.take(0)
                 if reply is not None:
                     kind, payload = frames.ITEM, reply.SerializeToString()
-            except AccessDenied as error:
+            except (AccessDenied, StoreUnavailable) as error:
                 kind, payload = frames.FAILURE, wire.failure_of(error).SerializeToString()
             stream.out, stream.since = frames.reply_parts(kind, stream.call, payload), time.monotonic()
             self._flush(stream)

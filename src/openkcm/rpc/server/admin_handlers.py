@@ -15,13 +15,14 @@ from typing import Any, Final, NamedTuple
 
 from ...core import Core, Probe
 from ...core.audit import acting
-from ...errors import AccessDenied, InvalidInput, LimitExceeded, OpenKCMError
+from ...errors import AccessDenied, InvalidInput, LimitExceeded
 from ...keys import EVERY, Verb
 from .. import admin_messages as messages
 from .. import admin_pb2 as pb
 from .. import wire
 from ..peer import Peer
 from .denials import Denials
+from .gatekeeper import Gatekeeper
 
 logger = logging.getLogger("openkcm.rpc")
 
@@ -64,7 +65,7 @@ def _service(request: Any) -> tuple[str, str]:
     return request.tenant, request.service
 
 
-class AdminHandlers:
+class AdminHandlers(Gatekeeper):
     """Answers the calls of the administrative interface.
 
     Args:
@@ -74,8 +75,7 @@ class AdminHandlers:
     """
 
     def __init__(self, core: Core, denials: Denials, roots: Sequence[str] = CLOUD_ROOTS) -> None:
-        self._core = core
-        self._denials = denials
+        super().__init__(core, denials)
         self._roots = tuple(roots)
         self.methods: Mapping[str, Method] = {
             "LinkTenant": Method(pb.LinkTenantRequest.FromString, _everything, self._link),
@@ -111,14 +111,6 @@ class AdminHandlers:
             self.refused(error, name, peer)
             raise
 
-    def refused(self, error: Exception, name: str, peer: Peer | None) -> None:
-        """Note what became of a call: who was refused for the audit record, and our own bugs for the log."""
-        # A root that refuses the Core (RootDenied) is an answer to its question, not a refusal of who asks.
-        if type(error) is AccessDenied:
-            self._denials.note(peer.identity if peer else "", name, peer.address if peer else "")
-        elif not isinstance(error, OpenKCMError):
-            logger.exception("%s failed", name)
-
     # ---- who may -------------------------------------------------------------------------------------
 
     def _call(self, method: Method, peer: Peer, data: bytes) -> bytes:
@@ -131,21 +123,15 @@ class AdminHandlers:
             raise LimitExceeded("the answer is too long to send; name a tenant")
         return reply
 
-    def check_peer(self, peer: Peer) -> None:
-        """Raise AccessDenied if the peer's certificate has expired or was revoked."""
-        peer.check_time()
-        if self._core.access.is_revoked(*peer.fingerprints):
-            raise AccessDenied(wire.REFUSED)
-
     def check_caller(self, peer: Peer) -> None:
         """Raise AccessDenied if the peer administers nothing."""
         self.check_peer(peer)
-        if not self._core.access.administers(peer.identity):
+        if not self.core.access.administers(peer.identity):
             raise AccessDenied(wire.REFUSED)
 
     def _check_allowed(self, peer: Peer, tenant: str, service: str) -> None:
         """Nothing was looked up yet: who may not administer a tenant does not learn whether it exists."""
-        if not self._core.access.allows(peer.identity, tenant, service, Verb.ADMINISTER):
+        if not self.core.access.allows(peer.identity, tenant, service, Verb.ADMINISTER):
             raise AccessDenied(wire.REFUSED)
 
     def _check_root(self, uri: str) -> str:
@@ -172,7 +158,7 @@ class AdminHandlers:
         Who may grant could else grant themselves the reading of a tenant's data. It takes a second identity, which
         whoever issues certificates must give them, and the grant to it is in the audit record.
         """
-        held = {each.verb for each in self._core.grants(identity)} | set(verbs)
+        held = {each.verb for each in self.core.grants(identity)} | set(verbs)
         if Verb.ADMINISTER in held and len(held) > 1:
             raise InvalidInput(
                 "over the network an identity is given `administer` or the use of data keys, never both: use another"
@@ -181,79 +167,79 @@ class AdminHandlers:
     # ---- the calls -----------------------------------------------------------------------------------
 
     def _link(self, request: pb.LinkTenantRequest) -> pb.Done:
-        self._core.link_tenant(request.tenant, self._check_root(request.root))
+        self.core.link_tenant(request.tenant, self._check_root(request.root))
         return pb.Done()
 
     def _unlink(self, request: pb.TenantRequest) -> pb.Done:
-        self._core.unlink(request.tenant)
+        self.core.unlink(request.tenant)
         return pb.Done()
 
     def _replace_root(self, request: pb.LinkTenantRequest) -> pb.Done:
-        self._core.replace_root(request.tenant, self._check_root(request.root))
+        self.core.replace_root(request.tenant, self._check_root(request.root))
         return pb.Done()
 
     def _rotate_tenant(self, request: pb.TenantRequest) -> pb.VersionReply:
-        return pb.VersionReply(version=self._core.rotate_tenant(request.tenant))
+        return pb.VersionReply(version=self.core.rotate_tenant(request.tenant))
 
     def _kill(self, request: pb.KillTenantRequest) -> pb.Done:
-        self._core.kill(request.tenant, request.reason)
+        self.core.kill(request.tenant, request.reason)
         return pb.Done()
 
     def _restore(self, request: pb.TenantRequest) -> pb.Done:
-        self._core.restore(request.tenant)
+        self.core.restore(request.tenant)
         return pb.Done()
 
     def _create_service(self, request: pb.ServiceRequest) -> pb.CreateServiceReply:
-        made = self._core.create_service(request.tenant, request.service)
+        made = self.core.create_service(request.tenant, request.service)
         return pb.CreateServiceReply(region=made.region, service_id=made.service_id)
 
     def _rotate_service(self, request: pb.ServiceRequest) -> pb.VersionReply:
-        return pb.VersionReply(version=self._core.rotate_service(request.tenant, request.service))
+        return pb.VersionReply(version=self.core.rotate_service(request.tenant, request.service))
 
     def _set_lease(self, request: pb.SetLeaseRequest) -> pb.Done:
-        self._core.set_lease(request.tenant, request.service, request.seconds)
+        self.core.set_lease(request.tenant, request.service, request.seconds)
         return pb.Done()
 
     def _status(self, request: pb.TenantRequest) -> pb.StatusReply:
-        tenants = self._core.status(request.tenant or None)
-        return pb.StatusReply(region=self._core.region, tenants=map(messages.pack_tenant, tenants))
+        tenants = self.core.status(request.tenant or None)
+        return pb.StatusReply(region=self.core.region, tenants=map(messages.pack_tenant, tenants))
 
     def _probe(self, request: pb.TenantRequest) -> pb.ProbeReply:
-        return _probes({request.tenant: self._core.probe(request.tenant)})
+        return _probes({request.tenant: self.core.probe(request.tenant)})
 
     def _root_changed(self, request: pb.RootChangedRequest) -> pb.ProbeReply:
-        return _probes(self._core.root_changed(self._check_root(request.root)))
+        return _probes(self.core.root_changed(self._check_root(request.root)))
 
     def _grant(self, request: pb.GrantRequest) -> pb.GrantReply:
         self._check_apart(request.identity, request.verbs)
-        added = self._core.grant(request.identity, request.tenant, request.service, list(request.verbs))
+        added = self.core.grant(request.identity, request.tenant, request.service, list(request.verbs))
         return pb.GrantReply(verbs=added)
 
     def _withdraw(self, request: pb.GrantRequest) -> pb.GrantReply:
         verbs = list(request.verbs) or None
         return pb.GrantReply(
-            verbs=self._core.withdraw(request.identity, request.tenant, request.service, verbs)
+            verbs=self.core.withdraw(request.identity, request.tenant, request.service, verbs)
         )
 
     def _list_grants(self, request: pb.ListGrantsRequest) -> pb.ListGrantsReply:
-        grants = self._core.grants(request.identity or None)
+        grants = self.core.grants(request.identity or None)
         return pb.ListGrantsReply(grants=map(messages.pack_grant, grants))
 
     def _revoke(self, request: pb.RevokeCertificateRequest) -> pb.RevokeCertificateReply:
-        fingerprint = self._core.revoke_certificate(request.certificate, request.reason)
+        fingerprint = self.core.revoke_certificate(request.certificate, request.reason)
         return pb.RevokeCertificateReply(fingerprint=fingerprint)
 
     def _list_revoked(self, request: pb.ListRevokedRequest) -> pb.ListRevokedReply:
-        return pb.ListRevokedReply(certificates=map(messages.pack_revoked, self._core.revoked()))
+        return pb.ListRevokedReply(certificates=map(messages.pack_revoked, self.core.revoked()))
 
     def _audit_records(self, request: pb.AuditRecordsRequest) -> pb.AuditRecordsReply:
         most = min(request.most or MOST_RECORDS, MOST_RECORDS)
         after = min(request.after, 2**62)  # what a database's number can be
-        records = self._core.audit_records(after, most)
+        records = self.core.audit_records(after, most)
         return pb.AuditRecordsReply(records=map(messages.pack_record, records))
 
     def _verify_audit(self, request: pb.VerifyAuditRequest) -> pb.VerifyAuditReply:
-        return pb.VerifyAuditReply(first_wrong=self._core.verify_audit() or 0)
+        return pb.VerifyAuditReply(first_wrong=self.core.verify_audit() or 0)
 
 
 def _probes(found: dict[str, Probe]) -> pb.ProbeReply:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, Protocol
 
-from ...errors import AccessDenied, CoreUnavailable, OpenKCMError
+from ...errors import AccessDenied, CoreUnavailable, OpenKCMError, StoreUnavailable
 from .. import keys_pb2 as pb
 from .. import tls13, wire
 from ..peer import Peer, Peers
@@ -202,7 +202,7 @@ class WatchHandler(grpc.GenericRpcHandler):  # type: ignore[misc]  # gRPC has no
             while (reply := subscriber.take()) is not None:
                 self._handlers.check_peer(peer)
                 yield reply.SerializeToString()
-        except AccessDenied as error:
+        except (AccessDenied, StoreUnavailable) as error:
             abort(context, error)
         finally:
             self._streams.drop(subscriber)

@@ -19,7 +19,6 @@ from ...errors import (
     AccessDenied,
     ChannelExpired,
     InvalidInput,
-    OpenKCMError,
     SecretMemoryError,
     ServiceNotFound,
 )
@@ -29,6 +28,7 @@ from .. import wire
 from ..peer import Peer
 from ..session import ChannelHello, Credentials, SessionTable, answer
 from .denials import Denials
+from .gatekeeper import Gatekeeper
 
 logger = logging.getLogger("openkcm.rpc")
 
@@ -53,7 +53,7 @@ class Method(NamedTuple):
     act: Callable[[Peer, Any], Any]
 
 
-class KeyHandlers:
+class KeyHandlers(Gatekeeper):
     """Answers the calls of the data interface.
 
     Args:
@@ -66,10 +66,9 @@ class KeyHandlers:
     def __init__(
         self, core: Core, credentials: Credentials, sessions: SessionTable, denials: Denials
     ) -> None:
-        self.core = core
+        super().__init__(core, denials)
         self.credentials = credentials
         self._sessions = sessions
-        self._denials = denials
         self._services: dict[tuple[str, str], Service] = {}
         self._unwatch = core.watch(self._on_change)
         self.methods: Final = {
@@ -102,34 +101,13 @@ class KeyHandlers:
             self.refused(error, name, peer)
             raise
 
-    def refused(self, error: Exception, name: str, peer: Peer | None) -> None:
-        """Note what became of a call: who was refused for the audit record, and our own bugs for the log."""
-        if isinstance(error, AccessDenied):
-            who, where = (peer.identity, peer.address) if peer else ("", "")
-            self._denials.note(who, name, where, accepted=peer is not None and self._is_accepted(peer))
-        elif not isinstance(error, OpenKCMError):
-            logger.exception("%s failed", name)
-
     # ---- who may ------------------------------------------------------------------------------------
-
-    def check_peer(self, peer: Peer) -> None:
-        """Raise AccessDenied if the peer's certificate has expired or was revoked."""
-        peer.check_time()
-        if self.core.access.is_revoked(*peer.fingerprints):
-            raise AccessDenied(wire.REFUSED)
 
     def check_caller(self, peer: Peer) -> None:
         """Raise AccessDenied if the peer may do nothing with anybody's data keys."""
         self.check_peer(peer)
         if not self.core.access.sees(peer.identity, EVERY):
             raise AccessDenied(wire.REFUSED)
-
-    def _is_accepted(self, peer: Peer) -> bool:
-        try:
-            self.check_peer(peer)
-            return True
-        except OpenKCMError:
-            return False
 
     def may_any(self, peer: Peer, tenant: str, service: str) -> bool:
         """Whether the peer may do anything at all with a service's data keys."""
