@@ -4,8 +4,8 @@
 Invariant: a data key leaves this process only sealed under a session that the native layers agreed on; an answer counts
 only if it is the answer to the very question; and what does not come in time is an outage (CoreUnavailable), never a
 wrong key. Every call of the data interface may be made twice without harm, so that a call which an address did not
-answer is made at the next, within one deadline; what the Core refused is not asked again. Keys that were opened before
-a tenant went dark are not handed out after it. After a fork the child connects anew.
+answer is made at the next, within one deadline; what the Core refused is not asked again, save with a new certificate.
+Keys that were opened before a tenant went dark are not handed out after it. After a fork the child connects anew.
 """
 
 from __future__ import annotations
