@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
@@ -58,6 +59,20 @@ def run_python(
     if check:
         assert done.returncode == 0, done.stderr
     return done
+
+
+def released(size: int = 300) -> memoryview:
+    """A view whose bytes are not to be had any more."""
+    view = memoryview(bytes(size))
+    view.release()
+    return view
+
+
+def closed(size: int = 300) -> mmap.mmap:
+    """A mapping that was closed."""
+    mapping = mmap.mmap(-1, size)
+    mapping.close()
+    return mapping
 
 
 def refused(call: object, kind: type[BaseException]) -> BaseException:

@@ -44,7 +44,10 @@ def encode_context(context: Context) -> bytes:
     if isinstance(context, Mapping):
         encoded = MAPPING_TAG + b"".join(_pairs(context))
     elif isinstance(context, (bytes, bytearray, memoryview)):
-        encoded = RAW_TAG + bytes(context)
+        try:
+            encoded = RAW_TAG + bytes(context)
+        except ValueError:
+            raise InvalidInput("a context must not be released") from None
     else:
         raise InvalidInput(
             f"a context is None, bytes or a mapping of text to text, not {type(context).__name__}"

@@ -105,8 +105,10 @@ def parse(blob: Buffer) -> Envelope:
     """
     try:
         view = blob if isinstance(blob, bytes) else memoryview(blob).cast("B")
-    except TypeError:
-        raise InvalidInput(f"an envelope is bytes-like and contiguous, not {type(blob).__name__}") from None
+    except (TypeError, ValueError, BufferError):  # the last two of what was released or closed
+        raise InvalidInput(
+            f"an envelope is bytes-like, contiguous and not released; this {type(blob).__name__} is not"
+        ) from None
     if len(view) < FIXED_BYTES:
         raise FormatError("too short for an OpenKCM envelope")
     magic, suite, kind_byte, reserved, service_id, version = _FIXED.unpack_from(view)

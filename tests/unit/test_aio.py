@@ -27,7 +27,7 @@ from openkcm.aio.waiting import HEAVY_BYTES, Green, is_heavy
 from openkcm.errors import CoreUnavailable, DecryptError, InvalidInput, TenantDark
 from remote_support import SECONDS
 from rpc_support import Replica, Site
-from support import environment, make_vault
+from support import closed, environment, make_vault, released
 
 Work = Callable[[aio.RemoteCore, aio.ServiceHandle], Awaitable[None]]
 
@@ -382,6 +382,9 @@ def test_what_is_large_does_not_hold_up_the_loop() -> None:
         ([1] * 4000, True),
         ([1], False),
         (None, False),
+        (released(HEAVY_BYTES + 1), False),
+        ([released()], False),
+        (closed(HEAVY_BYTES + 1), False),
     ],
 )
 def test_what_is_large(data: object, heavy: bool) -> None:

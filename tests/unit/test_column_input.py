@@ -20,7 +20,7 @@ from openkcm.crypto import CODES, FIXED, OFFSETS, VIEWS, Cells, Part
 from openkcm.envelope import INLINE_OVERHEAD
 from openkcm.errors import InvalidInput, LimitExceeded
 from openkcm.gateway import ServiceHandle, columns
-from support import refused
+from support import closed, refused, released
 
 INTS = pa.array([1, 2])
 
@@ -136,8 +136,14 @@ def len_of(column: Any) -> int:
         np.zeros((1000, 2), np.uint8)[:, 0],
         "text",
         7,
+        released(),
+        closed(),
+        np.empty(1000, "M8[s]"),
     ],
-    ids=["one byte short", "read-only", "gaps", "a column of a matrix", "text", "number"],
+    ids=[
+        *("one byte short", "read-only", "gaps", "a column of a matrix", "text", "number"),
+        *("released", "closed", "dates"),
+    ],
 )
 def test_out_that_does_not_do(service: ServiceHandle, out: Any) -> None:
     rows = pa.array([b"abc", b"def"])

@@ -31,7 +31,7 @@ from openkcm.errors import (
 )
 from openkcm.gateway import DataKeyPolicy, PoolPolicy, ServiceHandle
 from openkcm.keys import Kind
-from support import make_vault, refused, url
+from support import closed, make_vault, refused, released, url
 
 CONTEXT = {"table": "cards", "row": "7"}
 
@@ -91,6 +91,33 @@ def test_only_bytes_are_encrypted(service: ServiceHandle, bad: object) -> None:
     assert refused(lambda: service.encrypt_many([b"x", bad]), InvalidInput).index == 1
     refused(lambda: service.decrypt(bad), InvalidInput)
     assert refused(lambda: service.decrypt_many([service.encrypt(b"x"), bad]), InvalidInput).index == 1
+
+
+@pytest.mark.parametrize("make", [released, closed])
+def test_what_was_released_is_no_input(core: openkcm.Core, make: Callable[[], Any]) -> None:
+    for policy in (DataKeyPolicy(), DataKeyPolicy(records=9, bytes=1000)):
+        handle, bad = other(core, policy=policy), make()
+        good = handle.encrypt(b"x")
+        refused(lambda: handle.encrypt(bad), InvalidInput)  # noqa: B023  # called at once
+        refused(lambda: handle.encrypt(bad, subject="s"), InvalidInput)  # noqa: B023
+        refused(lambda: handle.decrypt(bad), InvalidInput)  # noqa: B023
+        for call, ok in (
+            (handle.encrypt_many, b"x"),
+            (handle.decrypt_many, good),
+            (handle.rewrap_many, good),
+            (partial(handle.encrypt_many, subjects=["a", "b"]), b"x"),
+        ):
+            assert refused(lambda: call([ok, bad]), InvalidInput).index == 1  # noqa: B023
+            outcomes = call([ok, bad], errors="return")
+            assert [type(each) for each in outcomes] == [bytes, InvalidInput] and outcomes[1].index == 1
+
+
+def test_a_released_context_is_refused(service: ServiceHandle) -> None:
+    bad, blob = released(), service.encrypt(b"x")
+    refused(lambda: service.encrypt(b"x", context=bad), InvalidInput)
+    refused(lambda: service.decrypt(blob, context=bad), InvalidInput)
+    assert refused(lambda: service.encrypt_many([b"x"] * 2, contexts=[None, bad]), InvalidInput).index == 1
+    assert refused(lambda: service.decrypt_many([blob] * 2, contexts=[None, bad]), InvalidInput).index == 1
 
 
 @pytest.mark.parametrize("bad", ["text", 5, {"a": b"x"}, {b"a": "x"}, {"a": "\ud800"}, ["a"]])

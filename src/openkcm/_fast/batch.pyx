@@ -55,7 +55,7 @@ cdef int bound_size(bytes aad) except -1:
 
 cdef str _not_bytes(thing):
     if isinstance(thing, memoryview):
-        return "a buffer must be contiguous"
+        return "a buffer must be contiguous, and not released"
     if isinstance(thing, str):
         return "bytes are wanted, not str; encode the text first, for example with .encode()"
     return f"bytes-like data is wanted, not {type(thing).__name__}"

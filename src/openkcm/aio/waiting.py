@@ -36,13 +36,13 @@ def is_heavy(data: Any) -> bool:
     if not isinstance(data, list):
         try:
             return memoryview(data).nbytes > HEAVY_BYTES
-        except TypeError:
+        except (TypeError, ValueError, BufferError):
             return False  # it is nothing that can be worked on, which is soon said
     size = len(data) * RECORD_BYTES
     if size <= HEAVY_BYTES:
         try:
             size += sum(map(len, data))
-        except TypeError:
+        except (TypeError, ValueError):
             return False
     return size > HEAVY_BYTES
 

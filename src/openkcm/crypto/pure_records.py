@@ -54,11 +54,14 @@ def _bytes_of(thing: Any, index: int | None) -> bytes | memoryview:
         )
     try:
         view = memoryview(thing)
-    except TypeError:
-        raise InvalidInput(f"bytes-like data is wanted, not {type(thing).__name__}", index=index) from None
-    if not view.c_contiguous:
-        raise InvalidInput("a buffer must be contiguous", index=index)
-    return view.cast("B")
+        if not view.c_contiguous:
+            raise BufferError
+        return view.cast("B")
+    except (TypeError, ValueError, BufferError):
+        said = f"bytes-like data is wanted, not {type(thing).__name__}"
+        if isinstance(thing, memoryview):
+            said = "a buffer must be contiguous, and not released"
+        raise InvalidInput(said, index=index) from None
 
 
 def _all_bytes(things: Iterable[Any]) -> list[bytes | memoryview]:

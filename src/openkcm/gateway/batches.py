@@ -106,8 +106,8 @@ def _size(records: list[Any], start: int, stop: int) -> int:
     try:
         whole = start == 0 and stop == len(records)
         return sum(map(len, records if whole else records[start:stop]))
-    except TypeError:
-        return 0  # something without a length: the native layer names it
+    except (TypeError, ValueError):
+        return 0  # something without a length, or released: the native layer names it
 
 
 def index_of(keys: Sequence[Any]) -> tuple[list[Any], array[int] | None]:
@@ -210,5 +210,5 @@ def length_of(item: Any) -> int:
     """The bytes of a record."""
     try:
         return memoryview(item).nbytes
-    except TypeError:
+    except (TypeError, ValueError, BufferError):
         return 0  # the native layer says what is wrong with it

@@ -64,7 +64,7 @@ class Job:
             return
         try:
             view = memoryview(out)
-        except TypeError:
+        except (TypeError, ValueError, BufferError):
             raise InvalidInput(f"out= is a writable buffer, not {type(out).__name__}") from None
         if view.readonly or not view.c_contiguous:
             raise InvalidInput("out= must be writable and contiguous")
