@@ -157,7 +157,8 @@ def test_resting_data_keys_are_not_found(tmp_path: Path) -> None:
     code = """
 import sys, openkcm, openkcm.envelope
 core = openkcm.Core.open(sys.argv[1])
-handle = openkcm.Gateway(core).service("acme", "records")
+gateway = openkcm.Gateway(core, pool=openkcm.PoolPolicy(seconds=3600))    # longer than a scan may take
+handle = gateway.service("acme", "records")
 handle.encrypt(b"x")
 print(handle._pool.ready.wrapped.hex(), flush=True)
 sys.stdin.readline()

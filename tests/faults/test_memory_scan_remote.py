@@ -34,7 +34,8 @@ frames, grpc, keys, *tls = sys.argv[1:]
 planted = b"".join(bytes([number, 255 - number]) for number in range(16))
 tls = openkcm.TLS(*tls)
 cores = [openkcm.connect(address, tls=tls, deadline=60) for address in (frames, grpc)]
-gateways = [openkcm.Gateway(core, keys=keys) for core in cores]
+resting_long = openkcm.PoolPolicy(seconds=3600)             # longer than a scan may take
+gateways = [openkcm.Gateway(core, keys=keys, pool=resting_long) for core in cores]
 handles = [gateway.service(tenant, "records") for gateway in gateways for tenant in ("acme", "globex")]
 
 def work(handle):
