@@ -92,6 +92,8 @@ def test_own_notifications_are_no_news(postgres_url: str, open_replica: Callable
     store = replica.core._vault.store
     store.data_version()
     woken: list[bool] = []
+    looked = store._news.tried  # type: ignore[attr-defined]
+    until(lambda: store._news.tried != looked)  # type: ignore[attr-defined]  # its thread listens, and looks
     # What was done until now is seen: an own change not yet looked at would be news as well, and so is the first look.
     with store._news._looking:  # type: ignore[attr-defined]
         store.look()  # type: ignore[attr-defined]
