@@ -113,7 +113,11 @@ def cold(far: Far, empty: Callable[[], object]) -> tuple[tuple[float, float], tu
 
 def grpc_empty(far: Far) -> Callable[[], object]:
     """gRPC's own health check: an empty request to the same server over the same connection."""
-    call = far.core._endpoints._all[0]._connected()._channel.unary_unary("/grpc.health.v1.Health/Check")
+    call = (
+        far.core._endpoints._all[0]
+        ._connected()
+        .transport._channel.unary_unary("/grpc.health.v1.Health/Check")
+    )
     return lambda: call(b"")
 
 

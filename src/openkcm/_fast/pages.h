@@ -100,7 +100,8 @@ static inline void okc_span_add(okc_span *span, const void *start, size_t size)
 
 /* ---- the block that waits --------------------------------------------------------------------------------------- */
 
-#define OKC_SPARE_LEAST (2 * OKC_LARGE_PAGE)
+/* Below, the C library keeps what is freed (heap.py), which is cheaper than to have the system told of it. */
+#define OKC_SPARE_LEAST (((size_t)32 << 20) - ((size_t)64 << 10))
 #define OKC_SPARE_MOST ((size_t)64 << 20)
 
 static struct {
