@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import socket
 import ssl
 import time
@@ -28,6 +29,7 @@ from openkcm.rpc import admin_pb2, keys_pb2, wire
 from openkcm.rpc.frames.client import FrameTransport
 from openkcm.rpc.session import Credentials, begin
 from rpc_support import VERBS, Replica, Site
+from support import refused
 
 KEYS = keys_pb2.DESCRIPTOR.services_by_name["Keys"]
 ADMINISTRATION = admin_pb2.DESCRIPTOR.services_by_name["Administration"]
@@ -353,11 +355,15 @@ def test_a_revoked_certificate_does_nothing_more_on_open_connections_too(place: 
 
 
 def test_the_log_has_who_what_and_how_long_and_nothing_of_the_call(place: Place) -> None:
-    import json
+    def failed() -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in place.replica.log.read_text().splitlines()]
+        return [line for line in lines if line["message"] == "a call failed"]
 
-    lines = [json.loads(line) for line in place.replica.log.read_text().splitlines()]
-    failed = [line for line in lines if line["message"] == "a call failed"]
-    assert failed
-    for line in failed:
+    before = len(failed())
+    address = f"grpc://127.0.0.1:{place.replica.ports['grpc']}"
+    with openkcm.connect(address, tls=place.site.tls("unknown"), deadline=20) as core:
+        refused(lambda: core.find_service("acme", "records"), AccessDenied)
+    until(lambda: len(failed()) > before)
+    for line in failed():
         assert {"identity", "method", "code", "ms", "address"} <= set(line)
     assert Path(place.replica.log).stat().st_size < 2_000_000
