@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 import openkcm
 from openkcm import Core
 from openkcm.rpc.server.arrivals import Arrivals
+from remote_support import until
 from rpc_support import Site
 
 CHIEF = "spiffe://example/operator/chief"
@@ -31,13 +31,6 @@ def site(tmp_path: Path) -> Site:
     with Core.open(site.store) as core:
         core.grant(CHIEF, "*", "*", ["administer"])
     return site
-
-
-def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end, "it did not come to be"
-        time.sleep(0.01)
 
 
 @contextmanager

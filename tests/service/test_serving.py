@@ -25,6 +25,7 @@ from openkcm.rpc.server.certificates import Certificates
 from openkcm.rpc.server.config import read_config
 from openkcm.rpc.server.standard_error import reason_of
 from openkcm.systemd import notify
+from remote_support import until
 from rpc_support import GATEWAY, Replica, Site
 from support import refused
 
@@ -40,14 +41,6 @@ def site(tmp_path: Path) -> Site:
     with Core.open(site.store) as core:
         core.grant(CHIEF, "*", "*", ["administer"])
     return site
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Wait for a condition."""
-    end = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < end, "it did not come to be"
-        time.sleep(0.02)
 
 
 def admin(site: Site, ports: dict[str, int], **options: float) -> openkcm.RemoteAdmin:

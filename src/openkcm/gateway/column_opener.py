@@ -61,9 +61,8 @@ class ColumnOpener:
         cells = Cells(source.parts, "column")
         bound = row_contexts(context, contexts, cells)
         most = cells.total
-        if (
-            errors == "raise"
-        ):  # then each row is an envelope, or the first that is none is all there is to say
+        # Here each row is an envelope, or the first that is none is all there is to say.
+        if errors == "raise":
             most = max(most - STORED_OVERHEAD * (cells.count - cells.nulls), 0)
         places = Places(cells.count, most, source.wide)
         inline, stored, bad = places.lay_opened(cells, self._inline, self._stored, errors == "null")

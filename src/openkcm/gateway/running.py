@@ -50,8 +50,9 @@ class RunningStreams(UnderWay):
 
         ``since`` was taken before the key was wrapped or opened, so that a kill or a shred since then is not missed.
         """
-        key_id = data_key if kind.stored else b""
-        with self._run(keys, key_id, self._aad(kind, data_key, context), None, since) as cipher:
+        with self._run(
+            keys, _key_id(kind, data_key), self._aad(kind, data_key, context), None, since
+        ) as cipher:
             header = fixed_header(kind, self._service.service_id, version) + data_key + cipher.nonce
             return self._write(cipher, header, source, target)
 
@@ -64,8 +65,7 @@ class RunningStreams(UnderWay):
         touch = Touch(self._core)
         keys = self._open_key(envelope, subjects)
         aad = self._aad(envelope.kind, envelope.data_key, context)
-        key_id = envelope.data_key if envelope.kind.stored else b""
-        with self._run(keys, key_id, aad, envelope.nonce, since) as cipher:
+        with self._run(keys, _key_id(envelope.kind, envelope.data_key), aad, envelope.nonce, since) as cipher:
             opening = Opening(cipher, source, target, touch.stands)
             while not self._open_segments(opening):
                 touch.check(lambda: self._open_key(envelope, subjects).wipe())
@@ -86,7 +86,7 @@ class RunningStreams(UnderWay):
         return keys
 
     def _aad(self, kind: Kind, data_key: bytes, context: bytes) -> bytes:
-        return payload_aad(kind, self._service.service_id) + (data_key if kind.stored else b"") + context
+        return payload_aad(kind, self._service.service_id) + _key_id(kind, data_key) + context
 
     @contextmanager
     def _run(
@@ -103,6 +103,11 @@ class RunningStreams(UnderWay):
             raise KeyDestroyed(
                 "this subject's data key was shredded while the stream was running; it was stopped"
             ) from None
+
+
+def _key_id(kind: Kind, data_key: bytes) -> bytes:
+    """The id of a stored data key; an inline one has none."""
+    return data_key if kind.stored else b""
 
 
 def _write(cipher: StreamCipher, header: bytes, source: Reader, target: Writer) -> int:
