@@ -22,12 +22,11 @@ import openkcm
 from openkcm.errors import KeyDestroyed
 from openkcm.gateway import ServiceHandle
 from openkcm.testing.postgres import PostgresServer
-from rpc_support import GATEWAY, VERBS, Replica, Site
+from rpc_support import CHIEF, GATEWAY, VERBS, Replica, Site
 from support import refused
 
 T = TypeVar("T")
 
-CHIEF: Final = "spiffe://example/operator/chief"
 SOAK: Final = (pytest.mark.soak, pytest.mark.timeout(1800))
 SECONDS: Final = 60.0
 """For what is only a matter of time, on however busy a machine."""

@@ -20,6 +20,7 @@ from support import environment, make_vault
 
 REGION = "local"
 GATEWAY = "spiffe://example/gateway/one"
+CHIEF = "spiffe://example/operator/chief"
 VERBS = ("wrap", "unwrap", "shred")
 
 
@@ -43,6 +44,12 @@ class Site:
         """A client's certificate."""
         self.ca.issue_client(name, spiffe=spiffe, days=days)
         return self.tls(name)
+
+    def appoint(self, name: str = "chief", spiffe: str = CHIEF, tenant: str = "*") -> openkcm.TLS:
+        """An operator of a tenant, or of all: a certificate, and the grant to administer."""
+        with openkcm.Core.open(self.store) as core:
+            core.grant(spiffe, tenant, "*", ["administer"])
+        return self.issue(name, spiffe)
 
     def tls(self, name: str = "gateway") -> openkcm.TLS:
         """What a client of this name connects with."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 import openkcm
-from openkcm import AccessDenied, Core, InvalidInput, RemoteAdmin
+from openkcm import AccessDenied, InvalidInput, RemoteAdmin
 from openkcm.cli.app import run
 from openkcm.core import Core as CoreType
 from openkcm.crypto import generate_keys
@@ -23,10 +23,9 @@ from openkcm.rpc.peer import Peer
 from openkcm.rpc.server.admin_handlers import CLOUD_ROOTS, AdminHandlers, _begins
 from openkcm.rpc.server.denials import Denials
 from openkcm.rpc.server.serving import CoreServer
-from rpc_support import GATEWAY, Site
+from rpc_support import CHIEF, GATEWAY, Site
 from support import refused
 
-CHIEF = "spiffe://example/operator/chief"
 CLERK = "spiffe://example/operator/clerk"
 """May administer everything; may administer the tenant acme."""
 
@@ -57,12 +56,9 @@ class Served(NamedTuple):
 def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     """Certificates and a vault with the tenants acme and bolt."""
     site = Site(tmp_path_factory.mktemp("site"), "acme", "bolt")
-    site.issue("chief", CHIEF)
-    site.issue("clerk", CLERK)
+    site.appoint()
+    site.appoint("clerk", CLERK, "acme")
     site.issue("stranger", "spiffe://example/stranger")
-    with Core.open(site.store) as core:
-        core.grant(CHIEF, "*", "*", ["administer"])
-        core.grant(CLERK, "acme", "*", ["administer"])
     return site
 
 

@@ -17,7 +17,6 @@ from openkcm.rpc.server.arrivals import Arrivals
 from remote_support import until
 from rpc_support import Site
 
-CHIEF = "spiffe://example/operator/chief"
 SECONDS = 20.0
 METHODS = {"grpc": ("UnwrapKeys", "Watch"), "admin": ("KillTenant", "Status")}
 SERVICES = {"grpc": "openkcm.v1.Keys", "admin": "openkcm.v1.Administration"}
@@ -27,9 +26,7 @@ SERVICES = {"grpc": "openkcm.v1.Keys", "admin": "openkcm.v1.Administration"}
 def site(tmp_path: Path) -> Site:
     """Certificates, a vault and an operator."""
     site = Site(tmp_path)
-    site.issue("chief", CHIEF)
-    with Core.open(site.store) as core:
-        core.grant(CHIEF, "*", "*", ["administer"])
+    site.appoint()
     return site
 
 

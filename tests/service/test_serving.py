@@ -19,17 +19,16 @@ from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import openkcm
-from openkcm import Core, CoreUnavailable
+from openkcm import CoreUnavailable
 from openkcm.rpc.server.admin_handlers import SERVICE_NAME as ADMINISTRATION
 from openkcm.rpc.server.certificates import Certificates
 from openkcm.rpc.server.config import read_config
 from openkcm.rpc.server.standard_error import reason_of
 from openkcm.systemd import notify
 from remote_support import until
-from rpc_support import GATEWAY, Replica, Site
+from rpc_support import CHIEF, GATEWAY, Replica, Site
 from support import refused
 
-CHIEF = "spiffe://example/operator/chief"
 DEADLINE = 20.0
 
 
@@ -37,9 +36,7 @@ DEADLINE = 20.0
 def site(tmp_path: Path) -> Site:
     """Certificates, a vault and an operator."""
     site = Site(tmp_path)
-    site.issue("chief", CHIEF)
-    with Core.open(site.store) as core:
-        core.grant(CHIEF, "*", "*", ["administer"])
+    site.appoint()
     return site
 
 
