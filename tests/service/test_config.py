@@ -14,6 +14,7 @@ from openkcm import ConfigurationError, Core, SealError
 from openkcm.core.seal import open_seal
 from openkcm.rpc.server.config import ServeConfig, read_config
 from rpc_support import Site
+from support import run_python
 
 PACKAGING = Path(__file__).resolve().parents[2] / "packaging"
 PASSWORD = "correct-horse"
@@ -248,3 +249,16 @@ def read_drain(example: str) -> float:
 
 
 assert os.name == "posix"
+
+
+def test_what_to_install_is_said() -> None:
+    code = """
+import sys
+sys.modules["google.protobuf"] = None
+import openkcm
+try:
+    openkcm.connect
+except openkcm.ConfigurationError as error:
+    print(error)
+"""
+    assert "pip install 'openkcm[rpc]'" in run_python(code).stdout
