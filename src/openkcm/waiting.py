@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Final, Protocol, TypeVar
 
 from .errors import Unavailable
+from .hands import HANDS
 
 F = TypeVar("F", bound=Callable[..., Any])
 S = TypeVar("S")
@@ -102,7 +103,7 @@ class Waiting(Protocol):
     def timer(self, seconds: float, call: Callable[[], None]) -> Timer:
         """Have something called, which does not wait itself, in so many seconds; raises as ``spawn``."""
 
-    def together(self, count: int, work: Callable[[], None], name: str) -> None:
+    def together(self, count: int, work: Callable[[], None]) -> None:
         """Call ``work`` up to so many times side by side, here for one; all have ended when this returns or raises."""
 
     def connect(self, host: str, port: int, seconds: float) -> socket.socket:
@@ -156,18 +157,14 @@ class Threads:
         _start(timer)
         return timer
 
-    def together(self, count: int, work: Callable[[], None], name: str) -> None:
+    def together(self, count: int, work: Callable[[], None]) -> None:
         """As ``Waiting``; fewer times where no more threads are to be had."""
-        others = [
-            threading.Thread(target=work, name=f"{name}-{number}", daemon=True) for number in range(1, count)
-        ]
-        with contextlib.ExitStack() as joins:
-            for thread in others:
+        with contextlib.ExitStack() as hands:
+            for _ in range(1, count):
                 try:
-                    _start(thread)
-                except Unavailable:
-                    break
-                joins.callback(thread.join)
+                    hands.callback(HANDS.lend(work).outlast)
+                except RuntimeError:
+                    break  # no more threads
             work()
 
     def connect(self, host: str, port: int, seconds: float) -> socket.socket:

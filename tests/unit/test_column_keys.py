@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Columns whose rows share data keys: the loop that goes on under one key, and where it has to stop."""
+"""Columns with a data key a row or for many: the loops over rows that are alike, and where they have to stop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def sharing(core: openkcm.Core, records: int) -> ServiceHandle:
     return openkcm.Gateway(core, policy=DataKeyPolicy(records=records)).service("acme", "records")
 
 
-@pytest.mark.parametrize("records", [2, 7, 399, 2**31])
+@pytest.mark.parametrize("records", [1, 2, 7, 399, 2**31])
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
 def test_rows_of_every_size_under_keys_that_change(core: openkcm.Core, records: int, kind: Any) -> None:
     service = sharing(core, records)
@@ -41,9 +41,10 @@ def test_rows_of_every_size_under_keys_that_change(core: openkcm.Core, records: 
             )
 
 
+@pytest.mark.parametrize("records", [1, 2**31])
 @pytest.mark.parametrize("bad", [0, 1, 2, 200, 399])
-def test_a_row_that_does_not_verify_is_named_and_no_other(core: openkcm.Core, bad: int) -> None:
-    service = sharing(core, 2**31)
+def test_a_row_that_does_not_verify_is_named_and_no_other(core: openkcm.Core, bad: int, records: int) -> None:
+    service = sharing(core, records)
     rows = [row.as_py() for row in service.encrypt_column(pa.array([b"r" * 64] * 400))]
     # The head, which makes it no envelope; the wrapped key; the nonce; the ciphertext; the tag.
     for place, kind in (
@@ -87,3 +88,47 @@ def test_kinds_and_keys_among_each_other(core: openkcm.Core) -> None:
     blobs[40] = blobs[40][:-1] + bytes([blobs[40][-1] ^ 1])
     error = refused(lambda: one.decrypt_column(pa.array(blobs)), DecryptError)
     assert error.index == 40  # type: ignore[attr-defined]
+
+
+# ---- rows that are taken to be alike ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("other", [0, 1, 700, 1499])
+@pytest.mark.parametrize("subject", [None, "ann"], ids=["inline", "stored"])
+def test_one_row_of_the_other_kind(
+    service: ServiceHandle, subject: str | None, other: int, threads: int
+) -> None:
+    """All are taken to be of the kind of the first until one is not; ``out`` need not hold what that would take."""
+    rows = [b"%d" % at for at in range(1500)]
+    blobs = service.encrypt_many(rows, subject=subject)
+    blobs[other] = service.encrypt(rows[other], subject="ann" if subject is None else None)
+    opened = service.decrypt_column(pa.array(blobs), threads=threads)
+    assert opened.to_pylist() == rows
+    out = bytearray(sum(map(len, rows)))
+    assert service.decrypt_column(pa.array(blobs), out=out, threads=threads).to_pylist() == rows
+    assert out == b"".join(rows)
+    names = service.decrypt_column(pa.array(blobs), threads=threads, text=True)
+    assert names.type == pa.string()
+
+
+def test_rows_too_short_for_the_kind_of_the_first(service: ServiceHandle) -> None:
+    """A stored row without a byte is shorter than an inline one can be."""
+    blobs = [service.encrypt(b""), service.encrypt(b"", subject="ann")]
+    assert len(blobs[1]) < len(blobs[0])
+    for rows in (blobs, blobs[::-1], [None, *blobs]):
+        assert service.decrypt_column(pa.array(rows)).to_pylist() == [row and b"" for row in rows]
+    found = refused(lambda: service.decrypt_column(pa.array([blobs[0], b"short"])), FormatError)
+    assert found.index == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_two_bad_rows(service: ServiceHandle, threads: int) -> None:
+    """What does not verify is found before what is no envelope further on; nothing stays of what was decrypted."""
+    blobs = service.encrypt_many([b"x" * 64] * 2000)
+    blobs[10] = blobs[10][:-1] + bytes([blobs[10][-1] ^ 1])
+    blobs[1990] = b"no envelope" * 30
+    out = bytearray(b"\xaa" * (2000 * 400))
+    error = refused(lambda: service.decrypt_column(pa.array(blobs), threads=threads, out=out), DecryptError)
+    assert error.index == 10  # type: ignore[attr-defined]
+    assert not any(out[: 1999 * 64])

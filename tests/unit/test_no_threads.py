@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,10 +13,12 @@ import pyarrow as pa
 import pytest
 
 import openkcm
+from openkcm import waiting
 from openkcm.errors import CoreUnavailable, TenantDark, Unavailable
 from openkcm.gateway import PoolPolicy
 from openkcm.gateway.errands import Errands
 from openkcm.gateway.expiry import Expiry
+from openkcm.hands import Hands
 from openkcm.rpc.server.serving import CoreServer
 from openkcm.testing.tcp_proxy import TcpProxy
 from openkcm.waiting import THREADS
@@ -28,8 +31,7 @@ OURS = (
     "openkcm-shred",
     "openkcm-watch",
     "openkcm-retry",
-    "openkcm-column",
-    "openkcm-batch",
+    "openkcm-hand",
     "test-errands",
 )
 """What a Gateway's threads are called; a server in this process has its own."""
@@ -49,6 +51,7 @@ def no_threads(monkeypatch: pytest.MonkeyPatch, first: int = 0) -> Iterator[list
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
+        patch.setattr(waiting, "HANDS", Hands())  # those that wait for the next call would lend one
         yield wanted
 
 
@@ -95,8 +98,13 @@ def test_errands_wait_for_the_next_that_is_asked_for(
 def test_side_by_side_is_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     for first, count in ((0, 1), (1, 2), (9, 4)):
         calls: list[int] = []
+
+        def work(calls: list[int] = calls) -> None:
+            calls.append(1)
+            time.sleep(0.05)  # so that it is not lent again for the same call
+
         with no_threads(monkeypatch, first):
-            THREADS.together(4, lambda calls=calls: calls.append(1), "openkcm-batch")  # type: ignore[misc]
+            THREADS.together(4, work)
         assert len(calls) == count
 
 
@@ -123,7 +131,7 @@ def test_columns_and_batches(
         names = pa.array([f"u{at % 7}" for at in range(5000)])
         sealed = service.encrypt_column(pa.array(rows), subjects=names, threads=3)
         assert service.decrypt_column(sealed, threads=3).to_pylist() == rows
-        assert {"openkcm-watch-guard", "openkcm-batch-1", "openkcm-column-1"} <= set(wanted)
+        assert {"openkcm-watch-guard", "openkcm-hand"} <= set(wanted)
 
 
 @pytest.mark.parametrize("first", [0, 1])

@@ -98,8 +98,9 @@ static inline int okc_is_utf8(const uint8_t *data, size_t size)
 OKC_MEASURE(okc_measure32, int32_t, uint32_t)
 OKC_MEASURE(okc_measure64, int64_t, uint64_t)
 
-/* Write where each row's result ends: `place` and the row's bytes and `more` for each row up to it; the last of them. What
- * has changed since it was measured counts as nothing: a row's size is looked at again when it is worked on. */
+/* Write where each row's result ends: `place` and the row's bytes and `more` for each row up to it; the last of them, or -1
+ * where a row has fewer bytes than a negative `more` takes away. What has changed since it was measured counts as nothing: a
+ * row's size is looked at again when it is worked on. */
 #define OKC_LAY(name, type, placed)                                                                             \
     static inline int64_t name(const type *offsets, int64_t count, int64_t size, int64_t more, int64_t place,    \
                                placed *ends)                                                                    \
@@ -107,8 +108,11 @@ OKC_MEASURE(okc_measure64, int64_t, uint64_t)
         int64_t begin = offsets[0];                                                                             \
         for (int64_t at = 1; at <= count; at++) {                                                               \
             const int64_t end = offsets[at];                                                                    \
-            if (begin >= 0 && end >= begin && (size < 0 || end <= size))                                        \
+            if (begin >= 0 && end >= begin && (size < 0 || end <= size)) {                                      \
+                if (end - begin + more < 0)                                                                     \
+                    return -1;                                                                                  \
                 place += end - begin + more;                                                                    \
+            }                                                                                                   \
             ends[at - 1] = (placed)place;                                                                       \
             begin = end;                                                                                        \
         }                                                                                                       \
@@ -141,12 +145,15 @@ static inline void okc_clear_bits(uint64_t *words, int64_t start, int64_t stop)
     }
 }
 
-/* The first bit that is set, or -1. */
-static inline int64_t okc_first_bit(const uint64_t *words, int64_t count)
+/* The first bit from start on that is set, or -1. */
+static inline int64_t okc_first_bit(const uint64_t *words, int64_t start, int64_t stop)
 {
-    for (int64_t at = 0; at < count; at += 64)
-        if (words[at >> 6])
-            return at + __builtin_ctzll(words[at >> 6]);
+    while (start < stop) {
+        const uint64_t word = __atomic_load_n(words + (start >> 6), __ATOMIC_RELAXED) >> (start & 63);
+        if (word)
+            return start + __builtin_ctzll(word) < stop ? start + __builtin_ctzll(word) : -1;
+        start = (start | 63) + 1;
+    }
     return -1;
 }
 

@@ -16,11 +16,12 @@ from .cells cimport FOUND, MISSING, Cells, find_cell
 from .gcm cimport Gcm, gcm_begin, gcm_end, okc_same
 from .openssl cimport *
 from .places cimport Places
-from .plain cimport open_plain, seal_plain
+from .plain cimport gather_plain, open_each, open_plain, seal_each, seal_plain
 from .ring cimport BLOCK, Block, Held, KeyRing, order_block
 from .run cimport CHANGED, Run, run_bind, run_end, run_nonce, run_place, run_row, run_start
 from .secret cimport *
 from .table cimport Table
+from .turns cimport turn_begin, turn_end
 
 cdef enum:
     ABSENT = 1
@@ -57,8 +58,10 @@ def seal_rows(RecordCipher cipher not None, Cells cells not None, contexts, Plac
     run_start(&run, cells, contexts, stop - start)
     data = keys.enter()
     with nogil:
+        turn_end()
         status = seal_range(cipher, &run, places, start, stop, data, count, shared, version, parts)
         run_end(&run)
+        turn_begin()
     keys.leave()
     settle(status, cells)
 
@@ -77,7 +80,7 @@ cdef Py_ssize_t seal_range(RecordCipher cipher, Run *run, Places places, Py_ssiz
                            const uint8_t *middles) noexcept nogil:
     cdef Gcm context
     cdef const uint8_t *key = keys
-    cdef Py_ssize_t at = start, used = 0, more = cipher.overhead()
+    cdef Py_ssize_t at = start, used = 0, done, more = cipher.overhead()
     cdef int status = DONE
     if gcm_begin(&context, True, not shared) != DONE:
         gcm_end(&context)
@@ -89,7 +92,8 @@ cdef Py_ssize_t seal_range(RecordCipher cipher, Run *run, Places places, Py_ssiz
         if status == FOUND and used == count and not shared:
             status = CHANGED
         if status == FOUND:
-            status = seal_row(cipher, &context, run, key, version, middles)
+            status = seal_row(cipher, &context, run, key if shared else keys + used * KEY, version,
+                              middles if shared else middles + used * cipher.middle_size)
         elif status == MISSING and places.begin(at + 1) == places.begin(at):
             at += 1
             status = DONE
@@ -100,12 +104,14 @@ cdef Py_ssize_t seal_range(RecordCipher cipher, Run *run, Places places, Py_ssiz
             break
         used += 1
         at += 1
-        if not shared:
-            key += KEY
-            middles += cipher.middle_size
-            continue
-        key = NULL
-        at = seal_plain(cipher, &context, run, places, at, stop, version, middles)
+        if shared:
+            key = NULL
+            at = seal_plain(cipher, &context, run, places, at, stop, version, middles)
+        else:
+            done = seal_each(cipher, &context, run, places, at, stop, version, keys + used * KEY,
+                             middles + used * cipher.middle_size, count - used)
+            used += done - at if done > at else 0
+            at = done
         if at < 0:
             status = BROKEN
             break
@@ -130,8 +136,10 @@ def seal_named(RecordCipher cipher not None, Cells cells not None, contexts, Pla
     run_start(&run, cells, contexts, stop - start)
     ring.enter(&held, cipher.middle_size)
     with nogil:
+        turn_end()
         status = seal_blocks(cipher, cells, names, &run, places, start, stop, table, &held)
         run_end(&run)
+        turn_begin()
     ring.leave(len(ring.handles))
     settle(status, cells)
 
@@ -236,7 +244,9 @@ def gather_rows(RecordCipher cipher not None, Cells cells not None, Py_ssize_t s
     packed = PyBytes_FromStringAndSize(NULL, most * cipher.middle_size)
     target = <uint8_t *>PyBytes_AS_STRING(packed)
     with nogil:
+        turn_end()
         count = gather(cipher, cells, start, stop, after, most, &version, &more, target)
+        turn_begin()
     if count == 0:
         return None
     if count < 0:
@@ -251,8 +261,14 @@ cdef Py_ssize_t gather(RecordCipher cipher, Cells cells, Py_ssize_t start, Py_ss
     cdef Py_ssize_t at, size = 0, piece = 0, count = 0
     cdef size_t width = <size_t>cipher.middle_size
     cdef uint32_t found
-    for at in range(start, stop):
-        if (find_cell(cells.pieces, cells.firsts, &piece, at, &data, &size) != FOUND
+    at = start
+    while at < stop:
+        if last != NULL:
+            at = gather_plain(cipher, cells, piece, at, stop, &last, target, most, &count)
+            if at == stop:
+                break
+        at += 1
+        if (find_cell(cells.pieces, cells.firsts, &piece, at - 1, &data, &size) != FOUND
                 or not cipher.takes(data, size)):
             continue
         found = cipher.version(data)
@@ -299,8 +315,10 @@ def open_rows(RecordCipher cipher not None, Cells cells not None, contexts, Plac
         if len(without) == 0:
             missing = NULL
         with nogil:
+            turn_end()
             status = open_range(cipher, &run, places, start, stop, version, &held, missing, &refused)
             run_end(&run)
+            turn_begin()
         keys.leave()
         settle(status, cells)
         return [(refused.rows[2 * at], refused.rows[2 * at + 1]) for at in range(refused.count)]
@@ -369,6 +387,9 @@ cdef int open_range(RecordCipher cipher, Run *run, Places places, Py_ssize_t sta
                 break
         elif few:
             at = open_plain(cipher, &context, run, places, at, stop, last, scratch)
+        elif missing == NULL:
+            at = open_each(cipher, &context, run, places, at, stop, &last, held.keys[0], held.count, &number, scratch)
+            keyed = number
         # Rows that follow each other are noted together.
         if done != noted:
             places.filled_run(first, noted)
@@ -404,8 +425,10 @@ def open_named(RecordCipher cipher not None, Cells cells not None, contexts, Pla
         if len(without) == 0:
             missing = NULL
         with nogil:
+            turn_end()
             status = open_blocks(cipher, &run, places, start, stop, table, &held, missing, &refused)
             run_end(&run)
+            turn_begin()
         ring.leave(len(ring.handles))
         settle(status, cells)
         return [(refused.rows[2 * at], refused.rows[2 * at + 1]) for at in range(refused.count)]

@@ -25,7 +25,7 @@ cdef class Memory:
 cdef extern from "column.h" nogil:
     void okc_clear_bit(uint64_t *words, int64_t at)
     void okc_clear_bits(uint64_t *words, int64_t start, int64_t stop)
-    int64_t okc_first_bit(const uint64_t *words, int64_t count)
+    int64_t okc_first_bit(const uint64_t *words, int64_t start, int64_t stop)
 
 cdef class Places:
     cdef readonly Py_ssize_t count, total, nulls
@@ -54,6 +54,7 @@ cdef class Places:
     cdef inline void filled_run(self, Py_ssize_t start, Py_ssize_t stop) noexcept nogil:
         okc_clear_bits(<uint64_t *>self.unfilled.data, start, stop)
 
+    cdef bint lay(self, Cells cells, Py_ssize_t more) except -1
     cdef int check_total(self) except -1
     cdef Py_ssize_t lay_plain(self, const Piece *piece, Py_ssize_t start, Py_ssize_t place, Py_ssize_t more) noexcept nogil
     cdef Py_ssize_t lay_run(self, Cells cells, RecordCipher first, RecordCipher second, Py_ssize_t start,

@@ -61,8 +61,30 @@ cdef class Places:
 
     def lay_sealed(self, Cells cells not None, RecordCipher cipher not None):
         """Give every row its own bytes and the cipher's overhead."""
+        self.lay(cells, cipher.overhead())
+
+    def lay_alike(self, Cells cells not None, RecordCipher first not None, RecordCipher second not None):
+        """Give every record its plaintext's bytes as if all were of one cipher, which the first row alone is asked for.
+
+        Returns 1 for the first cipher, 2 for the second, 0 for neither or where a row is too short for it. Nothing
+        else is looked at: that a row was of another is found when it is passed over.
+        """
         cdef const uint8_t *data = NULL
-        cdef Py_ssize_t number, at, first, size = 0, place = 0, more = cipher.overhead()
+        cdef Py_ssize_t at, size = 0, piece = 0
+        self.check_range(cells.count, 0, self.count)
+        for at in range(self.count):
+            if find_cell(cells.pieces, cells.firsts, &piece, at, &data, &size) == FOUND:
+                if first.takes(data, size) and first.version(data) != 0:
+                    return 1 if self.lay(cells, -first.overhead()) else 0
+                if second.takes(data, size) and second.version(data) == 0:
+                    return 2 if self.lay(cells, -second.overhead()) else 0
+                return 0
+        return 0
+
+    cdef bint lay(self, Cells cells, Py_ssize_t more) except -1:
+        """Give every row its own bytes and so many more; False where a row has fewer than are to be taken away."""
+        cdef const uint8_t *data = NULL
+        cdef Py_ssize_t number, at, first, size = 0, place = 0
         cdef uint8_t *bits = NULL
         cdef int status
         self.check_range(cells.count, 0, self.count)
@@ -74,21 +96,29 @@ cdef class Places:
                 first = cells.firsts[number]
                 if piece_is_plain(cells.pieces + number):
                     place = self.lay_plain(cells.pieces + number, first, place, more)
-                    continue
-                for at in range(first, cells.firsts[number + 1]):
-                    status = piece_cell(cells.pieces + number, at - first, &data, &size)
-                    if status == FOUND:
-                        place += size + more
-                    elif bits != NULL:
-                        bits[at >> 3] &= <uint8_t>~(1 << (at & 7))
-                    self.put(at + 1, place)
+                else:
+                    for at in range(first, cells.firsts[number + 1]):
+                        status = piece_cell(cells.pieces + number, at - first, &data, &size)
+                        if status == FOUND and size + more < 0:
+                            place = -1
+                            break
+                        if status == FOUND:
+                            place += size + more
+                        elif bits != NULL:
+                            bits[at >> 3] &= <uint8_t>~(1 << (at & 7))
+                        self.put(at + 1, place)
+                if place < 0:
+                    break
+        if place < 0:
+            return False
         self.total = place
         self.nulls = cells.nulls
         self.check_total()
+        return True
 
     cdef Py_ssize_t lay_plain(self, const Piece *piece, Py_ssize_t start, Py_ssize_t place,
                               Py_ssize_t more) noexcept nogil:
-        """Lay a plain piece, whose first row is ``start``, out from a place on; where it ends."""
+        """Lay a plain piece, whose first row is ``start``, out from a place on; where it ends, or -1: see ``lay``."""
         cdef const int32_t *narrow = <const int32_t *>piece.places + piece.start
         cdef const int64_t *wide = <const int64_t *>piece.places + piece.start
         cdef int32_t *narrow_ends = <int32_t *>self.offsets.data + start + 1
@@ -170,11 +200,12 @@ cdef class Places:
             self.check_range(self.count, at, at + 1)
             self.filled(at)
 
-    def first_unfilled(self):
-        """The first row that has to be filled and was not, because it was changed in between; -1 if there is none."""
+    def first_unfilled(self, Py_ssize_t start, Py_ssize_t stop):
+        """The first row from start on that has to be filled and was not; -1 if there is none."""
         if self.unfilled is None:
             raise internal_error()("nothing is expected of these rows")
-        return okc_first_bit(<const uint64_t *>self.unfilled.data, self.count)
+        self.check_range(self.count, start, stop)
+        return okc_first_bit(<const uint64_t *>self.unfilled.data, start, stop)
 
     def attach(self, data):
         """Set where the rows go: a writable, contiguous buffer that holds them all, looked at before anything is written."""

@@ -19,6 +19,7 @@ from .batch cimport bound_size
 from .gcm cimport Gcm, gcm_begin, gcm_end, gcm_open, gcm_seal, random_private, random_public
 from .openssl cimport *
 from .secret cimport *
+from .turns cimport turn_begin, turn_end
 
 cdef enum:
     HALF = 12                       # the XAES nonce's part that picks the subkey, and the GCM nonce's size
@@ -150,7 +151,9 @@ def wrap_many(WrappingKey parent not None, SecretKeys keys not None, bytes aad n
     try:
         data = keys.enter()
         with nogil:
+            turn_end()
             status = wrap_run(schedule, data, keys.count, bound, aad_size, names, id_size, target)
+            turn_begin()
         keys.leave()
     finally:
         parent.leave()
@@ -173,7 +176,9 @@ cdef Py_ssize_t unwrap_into(WrappingKey parent, bytes wrapped, bytes aad, bytes 
     try:
         data = keys.enter()
         with nogil:
+            turn_end()
             bad = unwrap_run(schedule, source, keys.count, bound, aad_size, names, id_size, data, &marks[0])
+            turn_begin()
         keys.leave()
     finally:
         parent.leave()

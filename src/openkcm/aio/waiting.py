@@ -77,9 +77,11 @@ class Green:
         """As ``Waiting``."""
         return GreenTimer(self.loop, seconds, call)
 
-    def together(self, count: int, work: Callable[[], None], name: str) -> None:
+    def together(self, count: int, work: Callable[[], None]) -> None:
         """As ``Waiting``."""
-        others = [self.loop.spawn(self.loop.run(work), f"{name}-{number}") for number in range(1, count)]
+        others = [
+            self.loop.spawn(self.loop.run(work), f"openkcm-hand-{number}") for number in range(1, count)
+        ]
         try:
             work()
         finally:

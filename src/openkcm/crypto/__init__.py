@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from .pure_columns import (
         KeyRing,
         RowContexts,
+        Turns,
         gather_rows,
         open_named,
         open_rows,
@@ -83,6 +84,7 @@ __all__ = [
     "SecretKeys",
     "StreamCipher",
     "Table",
+    "Turns",
     "WrappingKey",
     "backend_info",
     "export_array",
@@ -117,7 +119,7 @@ _COMMON: Final = ("CODES", "FIXED", "NOTHING", "OFFSETS", "VIEWS", "Part", "back
 """What does not come from a backend."""
 _FAST_MODULES: Final = (
     *("secret", "wrapping", "aead", "rows", "stream", "channel"),
-    *("cells", "places", "table", "ids", "ring", "run", "column", "arrow"),
+    *("cells", "places", "table", "ids", "ring", "run", "turns", "column", "arrow"),
 )
 _PRIVATE: Final = (
     *("native_info", "_gcm_open", "_gcm_seal", "_xaes_open", "_xaes_seal"),

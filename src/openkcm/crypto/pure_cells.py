@@ -240,8 +240,30 @@ class Places:
 
     def lay_sealed(self, cells: Cells, cipher: RecordCipher) -> None:
         """Give every row its own bytes and the cipher's overhead."""
+        self._lay_all(cells, cipher.overhead)
+
+    def lay_alike(self, cells: Cells, first: RecordCipher, second: RecordCipher) -> int:
+        """Give every record its plaintext's bytes as if all were of one cipher, which the first row alone is asked for.
+
+        Returns 1 for the first cipher, 2 for the second, 0 for neither or where a row is too short for it. Nothing
+        else is looked at: that a row was of another is found when it is passed over.
+        """
+        cell = next((each for each in cells.cells(0, self.count) if each is not None), None)
+        if cell is None:
+            return 0
+        if first.takes(cell) and first.version(cell):
+            return 1 if self._lay_all(cells, -first.overhead) else 0
+        if second.takes(cell) and not second.version(cell):
+            return 2 if self._lay_all(cells, -second.overhead) else 0
+        return 0
+
+    def _lay_all(self, cells: Cells, more: int) -> bool:
+        """Give every row its own bytes and so many more; False where a row has fewer than are to be taken away."""
         for at, cell in enumerate(cells.cells(0, self.count)):
-            self._lay(at, None if cell is None else len(cell) + cipher.overhead)
+            if cell is not None and len(cell) + more < 0:
+                return False
+            self._lay(at, None if cell is None else len(cell) + more)
+        return True
 
     def lay_opened(
         self, cells: Cells, first: RecordCipher, second: RecordCipher, every: bool
@@ -297,9 +319,9 @@ class Places:
         """A row is done with."""
         self._unfilled[at] = 0
 
-    def first_unfilled(self) -> int:
-        """The first row that has to be filled and was not, because it was changed in between; -1 if there is none."""
-        return self._unfilled.find(1)
+    def first_unfilled(self, start: int, stop: int) -> int:
+        """The first row from start on that has to be filled and was not; -1 if there is none."""
+        return self._unfilled.find(1, start, stop)
 
     def attach(self, data: Any) -> None:
         """Set where the rows go: a writable, contiguous buffer that holds them all."""

@@ -52,6 +52,16 @@ class KeyRing:
         return divmod(number, len(self.handles[0]))
 
 
+class Turns:
+    """The threads of one call, which here wait for the interpreter as all do."""
+
+    def __enter__(self) -> None:
+        """Take part."""
+
+    def __exit__(self, *raised: object) -> None:
+        """Have done."""
+
+
 def _contexts_of(contexts: Any, rows: Sequence[int]) -> Any:
     return [contexts.encoded(at) for at in rows] if isinstance(contexts, RowContexts) else contexts
 

@@ -6,6 +6,7 @@ Invariant: as in ``opener``: plaintext stands only where tag and commitment were
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -27,6 +28,10 @@ from .subjects import OpenGroup, SubjectKeys
 
 REPORT, PASS_OVER = 1, 2
 """What to do with the rows of a key that is not there: tell them, or leave them to another round."""
+
+
+class _MixedError(Exception):
+    """A column has rows of several kinds, or such as are none."""
 
 
 class ColumnOpener:
@@ -57,6 +62,7 @@ class ColumnOpener:
         """As ``ServiceHandle.decrypt_column``."""
         if errors not in ("raise", "null"):
             raise InvalidInput('errors is "raise" or "null"')
+        threads = check_threads(threads)
         source = read_source(column, "column")
         cells = Cells(source.parts, "column")
         bound = row_contexts(context, contexts, cells)
@@ -64,31 +70,72 @@ class ColumnOpener:
         # Here each row is an envelope, or the first that is none is all there is to say.
         if errors == "raise":
             most = max(most - STORED_OVERHEAD * (cells.count - cells.nulls), 0)
-        places = Places(cells.count, most, source.wide)
+
+        def job() -> Job:
+            return Job(source, cells, bound, Places(cells.count, most, source.wide), threads, self._waiting)
+
+        if errors == "raise":
+            with contextlib.suppress(_MixedError):
+                return self._decrypt_alike(job(), out, text)
+        return self._decrypt_any(job(), out, errors, text)
+
+    def _decrypt_alike(self, job: Job, out: Any, text: bool) -> Any:
+        """Decrypt a column whose rows are all of one kind, so that each is looked at once less.
+
+        Raises:
+            _MixedError: they are not, or would not fit in ``out``; what was written is zeroed.
+        """
+        kind = job.places.lay_alike(job.cells, self._inline, self._stored)
+        if not kind:
+            raise _MixedError
+        failures = Failures(raising=True)
+        try:
+            job.attach(out)
+        except InvalidInput:
+            raise _MixedError from None
+        try:
+            if kind == 1:
+                self._share_inline(job, failures, alike=True)
+            else:
+                self._open_stored(job, failures)
+            if job.places.first_unfilled(0, job.places.count) >= 0:
+                raise _MixedError
+            return self._finish(job, failures, text)
+        except BaseException:
+            job.places.wipe()
+            raise
+
+    def _decrypt_any(self, job: Job, out: Any, errors: str, text: bool) -> Any:
+        """Decrypt a column after a look at what each row is."""
+        cells, places = job.cells, job.places
         inline, stored, bad = places.lay_opened(cells, self._inline, self._stored, errors == "null")
         failures = Failures(errors == "raise")
         for at in bad:
             failures.add(at, self._why(cells, at))
         failures.settle()
-        job = Job(source, cells, bound, places, check_threads(threads), self._waiting)
         job.attach(out, skipped=bad)
         try:
             if inline:
-                rows = ONE_KEY_RUN if self._shares_keys(cells) else RUN
-                job.share(rows, lambda start, stop: self._open_inline(job, failures, start, stop))
+                self._share_inline(job, failures)
             if stored:
                 self._open_stored(job, failures)
             job.check_filled()
-            if text:
-                job.share(LONG_RUN, lambda start, stop: _check_text(places, failures, start, stop))
-            for at in failures.errors:
-                places.clear(at)
+            result = self._finish(job, failures, text)
         except BaseException:
             places.wipe()
             raise
         if errors == "raise":
-            return job.result(text)
-        return job.result(text), source.give(reasons_column(places.count, failures.errors))
+            return result
+        return result, job.source.give(reasons_column(places.count, failures.errors))
+
+    def _finish(self, job: Job, failures: Failures, text: bool) -> Any:
+        """The result, in which a row that failed is null."""
+        places = job.places
+        if text:
+            job.share(LONG_RUN, lambda start, stop: _check_text(places, failures, start, stop))
+        for at in failures.errors:
+            places.clear(at)
+        return job.result(text)
 
     def _why(self, cells: Cells, at: int) -> OpenKCMError:
         """What is wrong with a row that is no record of this service."""
@@ -102,6 +149,16 @@ class ColumnOpener:
         """Whether the column begins with records that share data keys, so that longer runs are worth trying."""
         gathered = crypto.gather_rows(self._inline, cells, 0, min(cells.count, RUN), 0, RUN // 8)
         return gathered is not None and gathered[0] != 0
+
+    def _share_inline(self, job: Job, failures: Failures, alike: bool = False) -> None:
+        """Open the envelopes in runs; with ``alike``, a run in which one was passed over raises _MixedError."""
+
+        def open_inline(start: int, stop: int) -> None:
+            self._open_inline(job, failures, start, stop)
+            if alike and job.places.first_unfilled(start, stop) >= 0:
+                raise _MixedError
+
+        job.share(ONE_KEY_RUN if self._shares_keys(job.cells) else RUN, open_inline)
 
     def _open_inline(self, job: Job, failures: Failures, start: int, stop: int) -> None:
         """A run of envelopes at once where it carries few data keys, else a part at a time."""

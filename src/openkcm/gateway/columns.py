@@ -84,7 +84,7 @@ class Job:
 
     def check_filled(self) -> None:
         """Raise InvalidInput if a row was passed over, which its buffer has to have been changed for."""
-        row = self.places.first_unfilled()
+        row = self.places.first_unfilled(0, self.places.count)
         if row >= 0:
             raise InvalidInput(f"a buffer of the {self.cells.name} was changed while it was read", index=row)
 

@@ -62,7 +62,7 @@ class Overlap:
                 except Exception as error:
                     failed[at] = error
 
-        self._together(SIDE_BY_SIDE, work, "openkcm-batch")
+        self._together(SIDE_BY_SIDE, work)
         if failed:
             raise failed[min(failed)]
         return list(chain.from_iterable(results))

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
-from ..crypto import Places
+from ..crypto import Places, Turns
 from ..errors import InvalidInput, StoreUnavailable
 from ..keys import KeyService
 from ..waiting import Waiting
@@ -50,7 +50,7 @@ def share(places: Places, rows: int, threads: int, work: Work, waiting: Waiting)
         return
     rows = min(rows, -(-places.count // (SHARES * threads)))
     runs = _Runs(places, rows, work)
-    waiting.together(min(threads, -(-places.count // rows)), runs.work, "openkcm-column")
+    waiting.together(min(threads, -(-places.count // rows)), runs.work)
     runs.settle()
 
 
@@ -64,15 +64,17 @@ class _Runs:
         self._lock = threading.Lock()
         self._next = 0
         self._failed: dict[int, BaseException] = {}
+        self._turns = Turns()
 
     def work(self) -> None:
         try:
-            while (run := self._take()) is not None:
-                try:
-                    self._work(*run)
-                except Exception as error:
-                    with self._lock:
-                        self._failed[run[0]] = error
+            with self._turns:
+                while (run := self._take()) is not None:
+                    try:
+                        self._work(*run)
+                    except Exception as error:
+                        with self._lock:
+                            self._failed[run[0]] = error
         finally:
             self.stop()  # interrupted, or there is nothing left
 
