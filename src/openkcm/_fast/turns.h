@@ -52,9 +52,9 @@ static inline void okc_turn_begin(void)
     if (turns == NULL)
         return;
     for (unsigned tries = 0;; tries++) {
-        uintptr_t nobody = 0;
-        if (__atomic_load_n(&turns->holder, __ATOMIC_RELAXED) == 0
-            && __atomic_compare_exchange_n(&turns->holder, &nobody, me, 0, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED))
+        uintptr_t holder = __atomic_load_n(&turns->holder, __ATOMIC_RELAXED);
+        if (holder == me || (holder == 0 && __atomic_compare_exchange_n(&turns->holder, &holder, me, 0, __ATOMIC_ACQUIRE,
+                                                                        __ATOMIC_RELAXED)))
             return;
         if (tries % 16 == 0) {
             const int64_t now = okc_nanoseconds();
