@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import openkcm
-from openkcm.errors import CoreUnavailable
+from openkcm.errors import CoreUnavailable, TenantDark
 from openkcm.gateway import PoolPolicy, ServiceHandle
 from openkcm.rpc.client.remote import RemoteCore
 from openkcm.testing.tcp_proxy import TcpProxy
@@ -163,6 +163,34 @@ def test_a_slow_network_is_no_outage(site: Site, tmp_path: Path) -> None:
         assert remote._watcher is not None
         assert remote._watcher.is_heard()
     assert load.outcomes["CoreUnavailable"] == 0
+
+
+def test_what_a_link_held_back_is_as_old_as_it_is(site: Site) -> None:
+    """Heartbeats that come late and evenly are no word of now: a kill would be heard of as late as they are."""
+    with (
+        site.serve() as server,
+        TcpProxy(("127.0.0.1", server.ports["data"])) as proxy,
+        site.connect({"data": proxy.port}, deadline=20) as remote,
+        openkcm.Gateway(remote) as gateway,
+    ):
+        server.core.set_lease("acme", "records", 600)
+        service = gateway.service("acme", "records")
+        blob = service.encrypt(b"x")
+        until(lambda: service.decrypt(blob) == b"x" and len(service._leases.kept) == 1)
+        watcher = remote._watcher
+        assert watcher is not None
+        proxy.delay(1.5)
+        last = watcher._heard
+        until(lambda: watcher._heard > last + 1.0)  # what was sent since then comes in
+        until(lambda: not watcher.is_heard())
+        ends = time.monotonic() + 1.5
+        while time.monotonic() < ends:
+            assert not watcher.is_heard()
+            time.sleep(0.005)
+        server.core.kill("acme")
+        refused(lambda: service.decrypt(blob), TenantDark)
+        proxy.delay(0.0)
+        until(watcher.is_heard)
 
 
 def test_replicas_that_are_killed_are_not_missed(site: Site, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import openkcm
 from openkcm.errors import CoreUnavailable
 from openkcm.rpc.client import listener as listener_module
+from openkcm.rpc.client.listener import MOST_CLOCKS, Dates
 from openkcm.rpc.client.own import OwnFiles
 from openkcm.rpc.client.remote import RemoteCore
 from openkcm.rpc.frames.client import FrameTransport
@@ -117,3 +118,36 @@ def test_a_stream_goes_back_to_the_preferred_address(two: Two, monkeypatch: pyte
     two.first.streams = True
     until(lambda: two.listens_to(two.first))
     assert not two.remote._endpoints._all[1].failures, "it was left, and did not fail"
+
+
+# ---- when a reply was sent ---------------------------------------------------------------------------------
+
+
+def test_what_comes_late_is_dated_by_what_came_faster() -> None:
+    dates = Dates()
+    assert dates.of(b"one", 100.0, 7.3) == pytest.approx(7.3)  # nothing was faster
+    assert dates.of(b"one", 100.25, 7.5) == pytest.approx(7.5)  # by 0.05 s
+    assert dates.of(b"one", 100.5, 7.9) == pytest.approx(7.75, abs=0.001)
+    assert dates.of(b"one", 101.0, 11.0) == pytest.approx(8.25, abs=0.005)
+    assert dates.of(b"two", 5.0, 11.1) == pytest.approx(11.1)  # another replica, or the same after a restart
+    assert dates.of(b"one", 103.8, 11.2) == pytest.approx(11.05, abs=0.005)
+    assert dates.of(b"", 0.0, 12.0) == 12.0  # a Core that does not say
+
+
+@pytest.mark.parametrize("rate", [0.9991, 1.0009])
+def test_clocks_that_part_slowly(rate: float) -> None:
+    dates = Dates()
+    for step in range(0, 400_000, 250):
+        now = step / 1000
+        assert now - 0.05 < dates.of(b"core", 50 + now * rate, now) <= now
+
+
+def test_clocks_that_are_remembered() -> None:
+    dates = Dates()
+    dates.of(b"first", 0.0, 0.0)
+    for at in range(MOST_CLOCKS - 1):
+        dates.of(b"%d" % at, 0.0, 0.0)
+    assert dates.of(b"first", 1.0, 4.0) == pytest.approx(1.0, abs=0.01)
+    for at in range(100):
+        dates.of(b"%d" % at, 0.0, 0.0)
+    assert len(dates._differences) == MOST_CLOCKS

@@ -525,6 +525,8 @@ class WatchReply(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     RESET_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
+    CLOCK_FIELD_NUMBER: _builtins.int
+    SENT_FIELD_NUMBER: _builtins.int
     vault: _builtins.bytes
     position: _builtins.int
     """everything up to here was told, on this stream or before it"""
@@ -532,6 +534,10 @@ class WatchReply(_message.Message):
     """milliseconds between two replies at the most"""
     reset: _builtins.bool
     """changes may have been missed: drop every key that is held"""
+    clock: _builtins.bytes
+    """whose clock this was sent by; nothing from a Core that does not say"""
+    sent: _builtins.int
+    """milliseconds on that clock, which only grows"""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChangeEvent]: ...
     def __init__(
@@ -542,10 +548,12 @@ class WatchReply(_message.Message):
         heartbeat: _builtins.int = ...,
         reset: _builtins.bool = ...,
         events: _abc.Iterable[Global___ChangeEvent] | None = ...,
+        clock: _builtins.bytes = ...,
+        sent: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "heartbeat", b"heartbeat", "position", b"position", "reset", b"reset", "vault", b"vault"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock", b"clock", "events", b"events", "heartbeat", b"heartbeat", "position", b"position", "reset", b"reset", "sent", b"sent", "vault", b"vault"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Gateway's end of the watch stream.
 
-Invariant: ``is_heard`` is true only while replies come, the last one no longer ago than three heartbeats. A stream that
+Invariant: ``is_heard`` is true only while replies come, the last one sent no longer ago than three heartbeats, by the
+clock of who sent it: what a link has held back is as old as it is. A stream that
 broke is taken up where it was, at any address, so that no change is missed; where that cannot be, because the Core says
 so or because keys were held before the first word came, everything held is dropped.
 """
@@ -30,8 +31,34 @@ MISSED_HEARTBEATS: Final = 3
 PATIENCE_SECONDS: Final = 2.0
 """How long a stream may be silent before it is given up for another."""
 LONGEST_PAUSE_SECONDS: Final = 2.0
+MOST_DRIFT: Final = 0.001
+"""Seconds a second by which two clocks may part: each may be slewed by 500 us (adjtimex(2))."""
+MOST_CLOCKS: Final = 16
 RETURN_SECONDS: Final = 30.0
 """After how long a stream goes back to an address that is preferred and answers again; its calls go with it."""
+
+
+class Dates:
+    """When replies were sent, on the clock of whoever hears them.
+
+    Two clocks differ by what the fastest reply shows, or less; what came slower than it was sent that much before. A
+    link on which nothing was ever faster is not found out.
+    """
+
+    def __init__(self) -> None:
+        self._differences: dict[bytes, tuple[float, float]] = {}
+
+    def of(self, clock: bytes, sent: float, now: float) -> float:
+        """The time ``now`` or before, in seconds of ``awake_clock``; ``sent`` is in seconds of that other clock."""
+        if not clock:
+            return now
+        difference = now - sent
+        least, noted = self._differences.pop(clock, (difference, now))
+        least = min(difference, least + MOST_DRIFT * (now - noted))
+        self._differences[clock] = least, now
+        if len(self._differences) > MOST_CLOCKS:
+            del self._differences[next(iter(self._differences))]
+        return sent + least
 
 
 class Watcher:
@@ -64,6 +91,7 @@ class Watcher:
         self._position = 0
         self._heartbeat = 0.25
         self._heard = -1e9
+        self._dates = Dates()
         self._opened = 0.0
         self._late = late
         self._returning = False
@@ -146,7 +174,7 @@ class Watcher:
 
     def _act(self, reply: pb.WatchReply) -> bool:
         """Pass on what a reply tells; False when nobody listens any more."""
-        tell = self._tell()
+        arrived, tell = awake_clock(), self._tell()
         if tell is None:
             return False
         if reply.reset or (reply.vault != self._vault if self._vault else self._late):
@@ -160,7 +188,7 @@ class Watcher:
         self._vault = reply.vault
         self._heartbeat = min(max(reply.heartbeat / 1000, 0.05), 10.0)
         # Only now: what a reply tells was acted on before anything relies on having heard it.
-        self._heard = awake_clock()
+        self._heard = self._dates.of(reply.clock, reply.sent / 1000, arrived)
         self._spoken.set()
         return not self._stop.is_set()
 

@@ -9,12 +9,14 @@ replica. It trails by ``LAG_SECONDS``, so that a change is told twice rather tha
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import Final
 
+from ...clock import awake_clock
 from ...core import Core
 from ...errors import AccessDenied, CoreUnavailable, LimitExceeded, StoreUnavailable
 from ...keys import EVERY, Change, Event
@@ -98,6 +100,8 @@ class Subscriber:
             heartbeat=round(HEARTBEAT_SECONDS * 1000),
             reset=reset,
             events=[_message(event) for event in events],
+            clock=self._streams.clock,
+            sent=round(awake_clock() * 1000),
         )
 
 
@@ -120,6 +124,7 @@ class Streams:
         self._closed = False
         self._positions: deque[tuple[float, int]] = deque()
         self.vault_id = core.vault_id
+        self.clock = os.urandom(8)
         self._unwatch = core.watch(self._tell)
         self._grants = core.access.changes
         self._telling = threading.Lock()
