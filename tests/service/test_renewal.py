@@ -51,8 +51,8 @@ class Used:
 
     def shown(self) -> bytes:
         """The certificate that connections are made with."""
-        assert self.endpoint._line is not None
-        return self.endpoint._line.reading.credentials.leaf
+        assert self.endpoint._lines.line is not None
+        return self.endpoint._lines.line.reading.credentials.leaf
 
     def watches_with_the_newest(self) -> bool:
         """Whether the watch stream is of the certificate in use, and heard."""
@@ -75,9 +75,9 @@ def used(site: Site, request: pytest.FixtureRequest) -> Iterator[Used]:
         yield Used(site, server, copied(site), request.param, stack)
 
 
-def copied(site: Site) -> openkcm.TLS:
-    """The Gateway's files in a place where they can be replaced one by one."""
-    tls, folder = site.tls(), site.folder / "own"
+def copied(site: Site, who: str = "gateway") -> openkcm.TLS:
+    """The files of a Gateway, or an operator, in a place where they can be replaced one by one."""
+    tls, folder = site.tls(who), site.folder / "own"
     folder.mkdir()
     paths = {name: folder / name for name in ("certificate", "key", "roots")}
     for name, path in paths.items():
@@ -86,15 +86,15 @@ def copied(site: Site) -> openkcm.TLS:
     return openkcm.TLS(**paths)
 
 
-def renew(site: Site, *names: str) -> bytes:
+def renew(site: Site, *names: str, who: str = "gateway") -> bytes:
     """Renew the certificate, and have these files be the new ones'; the certificate in DER."""
-    issued = site.ca.renew("gateway")
-    replace(site, *names)
+    issued = site.ca.renew(who)
+    replace(site, *names, who=who)
     return issued.der
 
 
-def replace(site: Site, *names: str) -> None:
-    found = site.ca.find("gateway")
+def replace(site: Site, *names: str, who: str = "gateway") -> None:
+    found = site.ca.find(who)
     for name in names:
         new = site.folder / "own" / f"{name}.new"
         new.touch(0o600)
@@ -183,7 +183,7 @@ def test_calls_under_way_end_with_the_certificate_that_they_began_with(
     caller = threading.Thread(target=lambda: got.append(outcome(lambda: used.service.decrypt(used.blob))))
     caller.start()
     assert came.wait(20)
-    line = used.endpoint._line
+    line = used.endpoint._lines.line
     assert line is not None
     new = renew(used.site, "certificate", "key")
     used.own.look()
@@ -198,7 +198,7 @@ def test_calls_under_way_end_with_the_certificate_that_they_began_with(
 
 
 def test_a_gateway_that_is_closed_ends_what_was_retired(used: Used) -> None:
-    line = used.endpoint._line
+    line = used.endpoint._lines.line
     assert line is not None
     until(lambda: used.remote._endpoints.heard is not None)
     stream = line.transport.stream("Watch", b"")
@@ -233,3 +233,23 @@ def refused_by_grpc(transport: GrpcTransport) -> bool:
     except Exception:
         return False
     return False
+
+
+def test_an_operator_goes_on_with_the_new_one(site: Site) -> None:
+    site.appoint()
+    with (
+        site.serve(**{"listen.admin": "127.0.0.1:0"}) as server,
+        openkcm.connect_admin(f"127.0.0.1:{server.ports['admin']}", tls=copied(site, "chief")) as chief,
+    ):
+        old = site.ca.find("chief").der
+        assert chief.status()
+        new = renew(site, "certificate", "key", who="chief")
+        assert new != old
+        server.core.revoke_certificate(old)
+        chief._own._next = math.inf  # only who is refused looks
+        assert chief.status()
+        server.core.revoke_certificate(new)
+        refused(chief.status, AccessDenied)
+        renew(site, "certificate", "key", who="chief")
+        chief._own._next = 0.0
+        assert chief.status()

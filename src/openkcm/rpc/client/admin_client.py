@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -16,14 +17,17 @@ from google.protobuf.message import Message
 
 from ...core import AuditRecord, Grant, Probe, RevokedCertificate, ServiceStatus, TenantStatus
 from ...core.grants import check_verbs
-from ...errors import CoreUnavailable, FormatError, InvalidInput
+from ...errors import AccessDenied, CoreUnavailable, FormatError, InvalidInput
 from ...identity import check_identity
 from ...keys import EVERY, Service, Verb, check_name
 from ...limits import SERVICE_ID_BYTES
 from .. import admin_messages as messages
 from .. import admin_pb2 as pb
 from .. import wire
+from ..credentials import Reading
 from .endpoint import host_of
+from .line import Lines
+from .own import OwnFiles
 
 if TYPE_CHECKING:
     from .connect import TLS
@@ -42,7 +46,7 @@ def connect_admin(
 
     Args:
         addresses: ``HOST:PORT`` of the interface, or of each replica's in the order of preference.
-        tls: the operator's certificate and key, and whom to trust.
+        tls: the operator's certificate and key, and whom to trust; files that are replaced are taken up within seconds.
         deadline: seconds for which an answer is waited for.
 
     Raises:
@@ -66,15 +70,18 @@ class RemoteAdmin:
             raise InvalidInput("a deadline is a number of seconds above zero")
         for address in addresses:
             host_of(address)
-        tls.load()  # every mistake in the files is told now, and in our words
+        self._own = own = OwnFiles(tls.read)  # every mistake in the files is told now, and in our words
+        connector = partial(_transport, tls.server_name)
         self.addresses = tuple(addresses)
         self._deadline = deadline
-        self._transports = [_transport(address, tls) for address in addresses]
+        self._lines = [Lines(address, connector, own) for address in addresses]
+        for each in self._lines:
+            each.now()
 
     def close(self) -> None:
         """Close every connection. Idempotent."""
-        for transport in self._transports:
-            transport.close()
+        for each in self._lines:
+            each.close()
 
     def __enter__(self) -> RemoteAdmin:
         return self
@@ -236,31 +243,42 @@ class RemoteAdmin:
 
     def _once(self, method: str, request: Message, reply: type[M]) -> M:
         """Make a call that may have been carried out though no answer came: at the first address, and not again."""
-        data = self._transports[0].call(method, request.SerializeToString(), self._deadline)
+        data = self._ask(self._lines[0], method, request.SerializeToString(), self._deadline)
         return wire.parse(reply.FromString, data)
 
     def _anywhere(self, method: str, request: Message, reply: type[M]) -> M:
         """Make a call that does no harm when it is made twice, at the first address that answers."""
         data, end = request.SerializeToString(), time.monotonic() + self._deadline
         last = CoreUnavailable("no Core answered in time")
-        for at, transport in enumerate(self._transports):
+        for at, line in enumerate(self._lines):
             left = end - time.monotonic()
             if left <= 0:
                 break
             try:
                 # None of them may take what the others need.
-                answer = transport.call(method, data, left / (len(self._transports) - at))
+                answer = self._ask(line, method, data, left / (len(self._lines) - at))
                 return wire.parse(reply.FromString, answer)
             except CoreUnavailable as error:
                 last = error
         raise last
 
+    def _ask(self, lines: Lines, method: str, data: bytes, seconds: float) -> bytes:
+        """Ask one address; once more where it was a certificate that has been replaced that was refused."""
+        line = lines.now()
+        try:
+            return line.transport.call(method, data, seconds)
+        except AccessDenied:
+            if self._own.look() is line.reading:
+                raise
+            return lines.now().transport.call(method, data, seconds)
 
-def _transport(address: str, tls: TLS) -> GrpcTransport:
+
+def _transport(server_name: str | None, address: str, reading: Reading) -> GrpcTransport:
     from ..server.admin_handlers import MAX_REPLY_BYTES, SERVICE_NAME
     from .grpc_client import GrpcTransport
 
-    return GrpcTransport(address, tls.pem, tls.server_name, service=SERVICE_NAME, most=MAX_REPLY_BYTES + 1024)
+    most = MAX_REPLY_BYTES + 1024
+    return GrpcTransport(address, lambda: reading.pem, server_name, service=SERVICE_NAME, most=most)
 
 
 def _tenant(tenant: str) -> pb.TenantRequest:

@@ -15,16 +15,16 @@ import time
 import weakref
 from collections.abc import Sequence
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Final
 
 from ...clock import DICE
 from ...errors import CoreUnavailable, InvalidInput, OpenKCMError, Unavailable
 from ...waiting import THREADS, Event, Waiting
 from .. import keys_pb2 as pb
 from .. import wire
-from ..credentials import Reading
 from ..session import ChannelReply, Session, begin, finish
-from ..transport import Connector, Stream, Transport
+from ..transport import Connector, Stream
+from .line import Lines
 from .own import OwnFiles
 
 logger = logging.getLogger("openkcm.rpc")
@@ -40,13 +40,6 @@ TRIAL_SECONDS: Final = 1.0
 def left_until(end: float) -> float:
     """Seconds up to a moment of ``time.monotonic``, and a little when it is past."""
     return max(end - time.monotonic(), 0.001)
-
-
-class _Line(NamedTuple):
-    """A transport, and the certificate that it shows."""
-
-    reading: Reading
-    transport: Transport
 
 
 class Endpoint:
@@ -65,43 +58,22 @@ class Endpoint:
         waiting: Waiting = THREADS,
     ) -> None:
         self.address = address
-        self._connector = connector
         self.own = own
+        # The Core does not know a session of the old certificate on the new one's connections.
+        self._lines = Lines(address, connector, own, self.drop_session)
         self._server_name = server_name or host_of(address)
         self._lock = threading.Lock()
         self._agreeing = waiting.lock()
-        self._line: _Line | None = None
-        self._retired: weakref.WeakSet[Transport] = weakref.WeakSet()
         self._session: Session | None = None
         self.failures = 0
 
     def call(self, method: str, request: bytes, end: float) -> bytes:
         """Make a call that is of use until ``end`` (of ``time.monotonic``); see ``Transport.call``."""
-        return self._connected().transport.call(method, request, left_until(end))
+        return self._lines.now().transport.call(method, request, left_until(end))
 
     def stream(self, method: str, request: bytes) -> Stream:
         """As ``Transport.stream``."""
-        return self._connected().transport.stream(method, request)
-
-    def _connected(self) -> _Line:
-        reading, line = self.own.now(), self._line
-        if line is None or line.reading is not reading:
-            line = self._connect()
-        return line
-
-    def _connect(self) -> _Line:
-        """Have a transport that shows the newest certificate, which whoever came here with may no longer be."""
-        with self._lock:
-            reading, old = self.own.reading, self._line
-            if old is not None and old.reading is reading:
-                return old
-            line = self._line = _Line(reading, self._connector(self.address, reading))
-            if old is not None:
-                self._retired.add(old.transport)
-        if old is not None:
-            self.drop_session()  # of the old one, which the Core does not know on the new one's connections
-            old.transport.retire()
-        return line
+        return self._lines.now().transport.stream(method, request)
 
     def session(self, end: float) -> Session:
         """The session under which data keys cross to this address, agreed on if there is none.
@@ -123,7 +95,7 @@ class Endpoint:
             self._agreeing.release()
 
     def _agree(self, end: float) -> Session:
-        line = self._connected()  # the Core takes the hello only of the certificate that TLS has shown
+        line = self._lines.now()  # the Core takes the hello only of the certificate that TLS has shown
         state, hello = begin(line.reading.credentials)
         request = pb.ChannelHello(
             lowest_version=hello.lowest_version,
@@ -168,11 +140,7 @@ class Endpoint:
     def close(self) -> None:
         """Wipe the session and close the connection."""
         self.drop_session()
-        with self._lock:
-            line, self._line = self._line, None
-            transports = [*self._retired, *([line.transport] if line else [])]
-        for each in transports:
-            each.close()
+        self._lines.close()
 
 
 class Endpoints:
