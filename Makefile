@@ -142,8 +142,8 @@ bench: $(VENV)/.native $(VENV)/.dev  ## OpenKCM beside its peers, into docs/benc
 	@$(BIN)/python bench $(ARGS)
 
 # What concerns OpenKCM alone; a script each. Not with ARGS, which each would read as its own.
-bench-more: $(VENV)/.native $(VENV)/.dev  ## Files, probes, neighbours, the fallback, large vaults and key stores, timed
-	@set -e; for script in tables probes isolation fallback scale key_stores; do \
+bench-more: $(VENV)/.native $(VENV)/.dev  ## Files, probes, neighbours, large vaults, key stores and subjects, timed
+	@set -e; for script in tables probes isolation scale key_stores subjects; do \
 	    echo "== $$script"; $(BIN)/python bench/$$script.py; done
 
 wheel: $(VENV)/.dev  ## A wheel for this machine and an sdist, in dist/
