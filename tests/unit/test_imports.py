@@ -22,9 +22,10 @@ VOCABULARY = {"clock", "errors", "limits", "keys", "context", "envelope", "ident
 # What a part may import besides itself. Core and Gateway do not know each other.
 MAY_IMPORT = {
     "_fast": set(),
-    **dict.fromkeys(VOCABULARY, VOCABULARY),
+    **dict.fromkeys(VOCABULARY, VOCABULARY | {"hands"}),
     "sqlite": VOCABULARY,
     "heap": set(),
+    "hands": set(),
     "systemd": set(),
     "postgres": VOCABULARY,
     "crypto": VOCABULARY | {"heap", "_fast"},

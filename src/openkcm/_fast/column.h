@@ -22,6 +22,9 @@ static inline uint64_t okc_fold(uint64_t first, uint64_t second)
     return (uint64_t)product ^ (uint64_t)(product >> 64);
 }
 
+/* Have a line of memory come nearer; any address will do. */
+static inline void okc_prefetch(const void *place) { __builtin_prefetch(place); }
+
 /* Folded multiplication with two random halves of a seed, after wyhash: without the seed nobody finds names that
  * fall into one place. */
 static inline uint64_t okc_hash(const uint8_t *data, size_t size, const uint64_t *seed)

@@ -17,14 +17,12 @@ from .gcm cimport Gcm, gcm_begin, gcm_end, okc_same
 from .openssl cimport *
 from .places cimport Places
 from .plain cimport gather_plain, open_each, open_plain, seal_each, seal_plain
-from .ring cimport BLOCK, Block, Held, KeyRing, order_block
-from .run cimport CHANGED, Run, run_bind, run_end, run_nonce, run_place, run_row, run_start
+from .ring cimport Held
+from .run cimport CHANGED, Run, run_end, run_place, run_row, run_start
 from .secret cimport *
-from .table cimport Table
 from .turns cimport turn_begin, turn_end
 
 cdef enum:
-    ABSENT = 1
     FIRST_REFUSED = 64
 
 
@@ -64,15 +62,6 @@ def seal_rows(RecordCipher cipher not None, Cells cells not None, contexts, Plac
         turn_begin()
     keys.leave()
     settle(status, cells)
-
-
-cdef inline int seal_row(RecordCipher cipher, Gcm *context, Run *run, const uint8_t *key, uint32_t version,
-                         const uint8_t *middle) noexcept nogil:
-    """Seal the row that the item points at. A null key is that before."""
-    cdef const uint8_t *nonce = run_nonce(run)
-    if nonce == NULL or run_bind(run, cipher, middle, key != NULL) != DONE:
-        return BROKEN
-    return cipher.seal_bound(context, key, nonce, version, middle, &run.item, run.aad, run.aad_size)
 
 
 cdef Py_ssize_t seal_range(RecordCipher cipher, Run *run, Places places, Py_ssize_t start, Py_ssize_t stop,
@@ -122,94 +111,7 @@ cdef Py_ssize_t seal_range(RecordCipher cipher, Run *run, Places places, Py_ssiz
     return used
 
 
-# ---- rows that share keys --------------------------------------------------------------------------------
-
-def seal_named(RecordCipher cipher not None, Cells cells not None, contexts, Places places not None, Py_ssize_t start,
-               Py_ssize_t stop, Table table not None, Cells names not None, KeyRing ring not None):
-    """Seal those of a run of rows whose name's key is on the ring."""
-    cdef Run run
-    cdef Held held
-    cdef Py_ssize_t status
-    check_call(cells, places, start, stop)
-    if names.count != cells.count:
-        raise invalid_error()("there must be one name for each record")
-    run_start(&run, cells, contexts, stop - start)
-    ring.enter(&held, cipher.middle_size)
-    with nogil:
-        turn_end()
-        status = seal_blocks(cipher, cells, names, &run, places, start, stop, table, &held)
-        run_end(&run)
-        turn_begin()
-    ring.leave(len(ring.handles))
-    settle(status, cells)
-
-
-cdef int seal_blocks(RecordCipher cipher, Cells cells, Cells names, Run *run, Places places, Py_ssize_t start,
-                     Py_ssize_t stop, Table table, const Held *held) noexcept nogil:
-    cdef Gcm context
-    cdef Block block
-    cdef const uint8_t *data = NULL
-    cdef Py_ssize_t at, number, size = 0, piece = 0, other = 0
-    cdef int status = DONE
-    if gcm_begin(&context, True, False) != DONE:
-        gcm_end(&context)
-        return BROKEN
-    block.count = 0
-    for at in range(start, stop):
-        if not cells.nulls or find_cell(cells.pieces, cells.firsts, &piece, at, &data, &size) == FOUND:
-            number = -1
-            if find_cell(names.pieces, names.firsts, &other, at, &data, &size) == FOUND:
-                number = table.find(data, size)
-            if number < 0:
-                status = CHANGED
-                break
-            if held.first <= number < held.first + held.count:
-                block.rows[block.count] = at
-                block.keys[block.count] = <uint32_t>(number - held.first)
-                block.count += 1
-        if block.count == BLOCK or (at == stop - 1 and block.count):
-            status = seal_block(cipher, &context, run, places, &block, held)
-            block.count = 0
-            if status != DONE:
-                break
-    gcm_end(&context)
-    return status
-
-
-cdef int seal_block(RecordCipher cipher, Gcm *context, Run *run, Places places, Block *block,
-                    const Held *held) noexcept nogil:
-    cdef const uint8_t *key
-    cdef const uint8_t *middle
-    cdef Py_ssize_t handle, position
-    cdef int chain, at, status
-    order_block(block)
-    for chain in range(block.chain_count):
-        at = block.heads[block.chains[chain]]
-        handle = <Py_ssize_t>block.keys[at] // held.stride
-        position = <Py_ssize_t>block.keys[at] % held.stride
-        key = held.keys[handle] + position * KEY
-        middle = held.middles[handle] + position * cipher.middle_size
-        while at >= 0:
-            status = run_row(run, block.rows[at])
-            if status == FOUND:
-                status = run_place(run, places, block.rows[at], run.item.size + cipher.overhead())
-            if status != FOUND:
-                return CHANGED if status == MISSING else status
-            if seal_row(cipher, context, run, key, 0, middle) != DONE:
-                return BROKEN
-            places.filled(block.rows[at])
-            key = NULL
-            at = block.nexts[at]
-    return DONE
-
-
 # ---- opening -------------------------------------------------------------------------------------------
-
-cdef struct Refused:
-    # Pairs of a row that did not verify and -1, or of one whose key is not there and the key's number.
-    Py_ssize_t *rows
-    Py_ssize_t count, room
-
 
 cdef int refuse(Refused *refused, Py_ssize_t row, Py_ssize_t number) noexcept nogil:
     """Note a row; DONE, or BROKEN when memory is short."""
@@ -224,6 +126,12 @@ cdef int refuse(Refused *refused, Py_ssize_t row, Py_ssize_t number) noexcept no
     refused.rows[2 * refused.count + 1] = number
     refused.count += 1
     return DONE
+
+
+cdef list told(Refused *refused):
+    """The rows that were noted, each with its number."""
+    cdef Py_ssize_t at
+    return [(refused.rows[2 * at], refused.rows[2 * at + 1]) for at in range(refused.count)]
 
 
 def gather_rows(RecordCipher cipher not None, Cells cells not None, Py_ssize_t start, Py_ssize_t stop, uint32_t after,
@@ -321,24 +229,9 @@ def open_rows(RecordCipher cipher not None, Cells cells not None, contexts, Plac
             turn_begin()
         keys.leave()
         settle(status, cells)
-        return [(refused.rows[2 * at], refused.rows[2 * at + 1]) for at in range(refused.count)]
+        return told(&refused)
     finally:
         free(refused.rows)
-
-
-cdef inline int open_row(RecordCipher cipher, Gcm *context, Run *run, Places places, Py_ssize_t at,
-                         const uint8_t *key, const uint8_t *middle, uint8_t *scratch) noexcept nogil:
-    """Open the row that the item points at; its place is zeroed unless it verifies. A null key is that before."""
-    cdef Py_ssize_t size = run.item.size - cipher.overhead()
-    cdef int status = run_place(run, places, at, size)
-    if status != FOUND:
-        return status
-    if run_bind(run, cipher, middle, key != NULL) != DONE:
-        return BROKEN
-    status = cipher.open_bound(context, key, &run.item, scratch, run.aad, run.aad_size)
-    if status == REFUSED:
-        memset(run.item.output, 0, <size_t>size)
-    return status
 
 
 cdef int open_range(RecordCipher cipher, Run *run, Places places, Py_ssize_t start, Py_ssize_t stop, uint32_t version,
@@ -400,103 +293,3 @@ cdef int open_range(RecordCipher cipher, Run *run, Places places, Py_ssize_t sta
     gcm_end(&context)
     OPENSSL_cleanse(scratch, SMALL + COMMITMENT)
     return status
-
-
-def open_named(RecordCipher cipher not None, Cells cells not None, contexts, Places places not None, Py_ssize_t start,
-               Py_ssize_t stop, Table table not None, KeyRing ring not None, bytes without not None):
-    """Open those of this cipher's records whose key is on the ring; gives what ``open_rows`` does, with numbers of the
-    table.
-
-    ``without`` is empty, or has a byte for each key of the ring: 1 for one that is not there, 2 for one whose rows are
-    not to be looked at.
-    """
-    cdef Run run
-    cdef Held held
-    cdef const uint8_t *missing = without
-    cdef Py_ssize_t status, at
-    cdef Refused refused
-    check_call(cells, places, start, stop)
-    if len(without) != 0 and len(without) != ring.count:
-        raise invalid_error()("there must be one mark for each key")
-    run_start(&run, cells, contexts, stop - start)
-    memset(&refused, 0, sizeof(refused))
-    try:
-        ring.enter(&held, cipher.middle_size)
-        if len(without) == 0:
-            missing = NULL
-        with nogil:
-            turn_end()
-            status = open_blocks(cipher, &run, places, start, stop, table, &held, missing, &refused)
-            run_end(&run)
-            turn_begin()
-        ring.leave(len(ring.handles))
-        settle(status, cells)
-        return [(refused.rows[2 * at], refused.rows[2 * at + 1]) for at in range(refused.count)]
-    finally:
-        free(refused.rows)
-
-
-cdef int open_blocks(RecordCipher cipher, Run *run, Places places, Py_ssize_t start, Py_ssize_t stop, Table table,
-                     const Held *held, const uint8_t *missing, Refused *refused) noexcept nogil:
-    cdef Gcm context
-    cdef Block block
-    cdef uint8_t scratch[SMALL + COMMITMENT]
-    cdef const uint8_t *data = NULL
-    cdef Py_ssize_t at, number, size = 0, piece = 0
-    cdef int status = DONE
-    if gcm_begin(&context, False, False) != DONE:
-        gcm_end(&context)
-        return BROKEN
-    block.count = 0
-    for at in range(start, stop):
-        if (find_cell(run.pieces, run.firsts, &piece, at, &data, &size) == FOUND and cipher.takes(data, size)
-                and cipher.version(data) == 0):
-            number = table.find(cipher.middle(data), cipher.middle_size)
-            if number < 0:
-                status = CHANGED
-                break
-            number -= held.first
-            if 0 <= number < held.count:
-                if missing != NULL and missing[number] == ABSENT:
-                    if refuse(refused, at, number + held.first) != DONE:
-                        status = BROKEN
-                        break
-                    places.filled(at)
-                elif missing == NULL or not missing[number]:
-                    block.rows[block.count] = at
-                    block.keys[block.count] = <uint32_t>number
-                    block.count += 1
-        if block.count == BLOCK or (at == stop - 1 and block.count):
-            status = open_block(cipher, &context, run, places, &block, held, scratch, refused)
-            block.count = 0
-            if status != DONE:
-                break
-    gcm_end(&context)
-    OPENSSL_cleanse(scratch, SMALL + COMMITMENT)
-    return status
-
-
-cdef int open_block(RecordCipher cipher, Gcm *context, Run *run, Places places, Block *block,
-                    const Held *held, uint8_t *scratch, Refused *refused) noexcept nogil:
-    cdef const uint8_t *key
-    cdef const uint8_t *middle
-    cdef Py_ssize_t handle, position
-    cdef int chain, at, status
-    order_block(block)
-    for chain in range(block.chain_count):
-        at = block.heads[block.chains[chain]]
-        handle = <Py_ssize_t>block.keys[at] // held.stride
-        position = <Py_ssize_t>block.keys[at] % held.stride
-        key = held.keys[handle] + position * KEY
-        middle = held.middles[handle] + position * cipher.middle_size
-        while at >= 0:
-            status = run_row(run, block.rows[at])
-            if status != FOUND or not cipher.takes(run.item.data, run.item.size):
-                return BROKEN if status == BROKEN else CHANGED
-            status = open_row(cipher, context, run, places, block.rows[at], key, middle, scratch)
-            if status < 0 or (status == REFUSED and refuse(refused, block.rows[at], -1) != DONE):
-                return status if status < 0 else BROKEN
-            places.filled(block.rows[at])
-            key = NULL
-            at = block.nexts[at]
-    return DONE

@@ -12,9 +12,9 @@ from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcmp
 
 from .aead cimport RecordCipher
-from .cells cimport FOUND, Cells, find_cell
+from .cells cimport FOUND, Cells, Piece, find_cell
 from .gcm cimport random_public
-from .places cimport okc_hash
+from .places cimport okc_hash, okc_prefetch
 from .secret cimport internal_error, invalid_error
 
 cdef enum:
@@ -47,41 +47,41 @@ cdef class Table:
 
     def add_names(self, Cells names not None, Cells cells not None):
         """Take in the name of each row that is not null in ``cells``; the first row without a name, or -1."""
+        cdef Sought sought
         cdef const uint8_t *data = NULL
-        cdef Py_ssize_t at, size = 0, piece = 0, other = 0
+        cdef Py_ssize_t at = 0, size = 0, piece = 0, other = 0
         cdef int status = FOUND
         if names.count != cells.count:
             raise invalid_error()(f"there are {cells.count} records and {names.count} subjects")
         self.held.append(names)
         with nogil:
-            for at in range(cells.count):
-                if cells.nulls and find_cell(cells.pieces, cells.firsts, &other, at, &data, &size) != FOUND:
-                    continue
-                status = find_cell(names.pieces, names.firsts, &piece, at, &data, &size)
-                if status != FOUND:
-                    break
-                status = self.add(data, size, at)
-                if status != FOUND:
-                    break
+            while at < cells.count and status == FOUND:
+                sought.count = 0
+                while at < cells.count and sought.count < SOUGHT:
+                    if not cells.nulls or find_cell(cells.pieces, cells.firsts, &other, at, &data, &size) == FOUND:
+                        status = find_cell(names.pieces, names.firsts, &piece, at, &data, &size)
+                        if status != FOUND:
+                            break
+                        seek(&sought, at, data, size)
+                    at += 1
+                if self.add_all(&sought) != FOUND:
+                    status = -2
         if status == FOUND:
             return -1
-        if status < 0:
+        if status == -2:
             raise MemoryError()
         return at
 
     def add_ids(self, RecordCipher cipher not None, Cells cells not None):
         """Take in the part behind the version of each record of this cipher."""
-        cdef const uint8_t *data = NULL
-        cdef Py_ssize_t at, size = 0, piece = 0
+        cdef Sought sought
+        cdef Py_ssize_t at = 0, piece = 0
         cdef int status = FOUND
         self.held.append(cells)
         with nogil:
-            for at in range(cells.count):
-                if (find_cell(cells.pieces, cells.firsts, &piece, at, &data, &size) == FOUND
-                        and cipher.takes(data, size) and cipher.version(data) == 0):
-                    status = self.add(cipher.middle(data), cipher.middle_size, at)
-                    if status != FOUND:
-                        break
+            while at < cells.count and status == FOUND:
+                at = seek_ids(&sought, cipher, cells.pieces, cells.firsts, &piece, at, cells.count)
+                status = self.add_all(&sought)
         if status != FOUND:
             raise MemoryError()
 
@@ -121,28 +121,52 @@ cdef class Table:
         self.room *= 2
         return FOUND
 
-    cdef int add(self, const uint8_t *data, Py_ssize_t size, Py_ssize_t row) noexcept nogil:
-        """Number a value unless it is there; FOUND, or -1 when memory is short."""
-        cdef uint64_t hashed, mask, at
-        if self.find(data, size) >= 0:
-            return FOUND
-        if self.count == MOST or (self.count == self.room and self.grow() != FOUND):
-            return -1
-        hashed = okc_hash(data, <size_t>size, self.seed)
-        mask = <uint64_t>self.room * 2 - 1
-        at = hashed & mask
-        while self.slots[at]:
-            at = (at + 1) & mask
-        self.slots[at] = (hashed & HIGH) | <uint64_t>(self.count + 1)
-        self.entries[self.count].data = data
-        self.entries[self.count].size = size
-        self.entries[self.count].row = row
-        self.count += 1
+    cdef int add_all(self, Sought *sought) noexcept nogil:
+        """Number each value unless it is there; FOUND, or -1 when memory is short."""
+        cdef uint64_t mask, at
+        cdef int number
+        self.prepare(sought)
+        for number in range(sought.count):
+            if self.find(sought.data[number], sought.sizes[number], sought.hashes[number]) >= 0:
+                continue
+            if self.count == MOST or (self.count == self.room and self.grow() != FOUND):
+                return -1
+            mask = <uint64_t>self.room * 2 - 1
+            at = sought.hashes[number] & mask
+            while self.slots[at]:
+                at = (at + 1) & mask
+            self.slots[at] = (sought.hashes[number] & HIGH) | <uint64_t>(self.count + 1)
+            self.entries[self.count].data = sought.data[number]
+            self.entries[self.count].size = sought.sizes[number]
+            self.entries[self.count].row = sought.rows[number]
+            self.count += 1
         return FOUND
 
-    cdef Py_ssize_t find(self, const uint8_t *data, Py_ssize_t size) noexcept nogil:
+    cdef void find_all(self, Sought *sought) noexcept nogil:
+        """Set each value's number, -1 where it is not there."""
+        cdef int number
+        self.prepare(sought)
+        for number in range(sought.count):
+            sought.numbers[number] = self.find(sought.data[number], sought.sizes[number], sought.hashes[number])
+
+    cdef void prepare(self, Sought *sought) noexcept nogil:
+        """Set the hashes, and have what they lead to come from memory side by side: each step waits for the one before."""
+        cdef uint64_t mask = <uint64_t>self.room * 2 - 1, slot
+        cdef int number
+        for number in range(sought.count):
+            sought.hashes[number] = okc_hash(sought.data[number], <size_t>sought.sizes[number], self.seed)
+            okc_prefetch(self.slots + (sought.hashes[number] & mask))
+        for number in range(sought.count):
+            slot = self.slots[sought.hashes[number] & mask]
+            if slot:
+                okc_prefetch(self.entries + <Py_ssize_t>((slot & LOW) - 1))
+        for number in range(sought.count):
+            slot = self.slots[sought.hashes[number] & mask]
+            if slot:
+                okc_prefetch(self.entries[<Py_ssize_t>((slot & LOW) - 1)].data)
+
+    cdef Py_ssize_t find(self, const uint8_t *data, Py_ssize_t size, uint64_t hashed) noexcept nogil:
         """A value's number, or -1."""
-        cdef uint64_t hashed = okc_hash(data, <size_t>size, self.seed)
         cdef uint64_t mask = <uint64_t>self.room * 2 - 1
         cdef uint64_t at = hashed & mask, slot
         cdef const Entry *entry
@@ -155,3 +179,16 @@ cdef class Table:
                 if entry.size == size and memcmp(entry.data, data, <size_t>size) == 0:
                     return entry - self.entries
             at = (at + 1) & mask
+
+
+cdef Py_ssize_t seek_ids(Sought *sought, RecordCipher cipher, const Piece *pieces, const Py_ssize_t *firsts, Py_ssize_t *piece,
+                         Py_ssize_t at, Py_ssize_t stop) noexcept nogil:
+    """Seek the ids of the next records of this cipher from row ``at`` on; the row at which it ends."""
+    cdef const uint8_t *data = NULL
+    cdef Py_ssize_t size = 0
+    sought.count = 0
+    while at < stop and sought.count < SOUGHT:
+        if find_cell(pieces, firsts, piece, at, &data, &size) == FOUND and cipher.takes(data, size) and cipher.version(data) == 0:
+            seek(sought, at, cipher.middle(data), cipher.middle_size)
+        at += 1
+    return at

@@ -119,7 +119,7 @@ _COMMON: Final = ("CODES", "FIXED", "NOTHING", "OFFSETS", "VIEWS", "Part", "back
 """What does not come from a backend."""
 _FAST_MODULES: Final = (
     *("secret", "wrapping", "aead", "rows", "stream", "channel"),
-    *("cells", "places", "table", "ids", "ring", "run", "turns", "column", "arrow"),
+    *("cells", "places", "table", "ids", "ring", "run", "turns", "column", "named", "arrow"),
 )
 _PRIVATE: Final = (
     *("native_info", "_gcm_open", "_gcm_seal", "_xaes_open", "_xaes_seal"),
