@@ -16,7 +16,7 @@ PROVIDERS = {
     "aws-kms: AWS KMS": "aws.answers",
     "azure-kms: Azure Key Vault and Managed HSM": "azure.answers",
     "gcp-kms: Google Cloud KMS": "gcp.answers",
-    "pkcs11: PKCS#11": "pkcs11_answers",
+    "pkcs11: PKCS#11": "pkcs11.answers",
     "bao-transit: OpenBao and Vault": "bao.answers",
 }
 

@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 
-from openkcm.roots import pkcs11_softhsm
+from openkcm.roots.pkcs11 import softhsm
 
 SOURCE = Path(__file__).with_name("pkcs11_shim.c")
 NSS = (
@@ -110,7 +110,7 @@ def build(folder: Path, name: str) -> Shim:
 
 def over_softhsm(folder: Path) -> Shim:
     """The module over SoftHSM2."""
-    module = pkcs11_softhsm.find_module() or pytest.fail("SoftHSM2 is not installed")
+    module = softhsm.find_module() or pytest.fail("SoftHSM2 is not installed")
     shim = build(folder, "over-softhsm")
     shim.load(str(shutil.copy(module, folder / "softhsm-copy.so")))
     return shim

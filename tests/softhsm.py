@@ -16,18 +16,18 @@ from typing import Any
 
 import pytest
 
-from openkcm.roots import pkcs11_softhsm
 from openkcm.roots.base import ANSWER_SECONDS
-from openkcm.roots.pkcs11_keys import AES, create_token_key
-from openkcm.roots.pkcs11_modules import module_at
-from openkcm.roots.pkcs11_uri import PKCS11URI
+from openkcm.roots.pkcs11 import softhsm
+from openkcm.roots.pkcs11.keys import AES, create_token_key
+from openkcm.roots.pkcs11.modules import module_at
+from openkcm.roots.pkcs11.uri import PKCS11URI
 
 _numbers = itertools.count(1)
 
 
 def find_module() -> str:
     """The module's path; without SoftHSM2 the tests that need it fail and say what to install."""
-    return pkcs11_softhsm.find_module() or pytest.fail("SoftHSM2 is not installed: apt-get install softhsm2")
+    return softhsm.find_module() or pytest.fail("SoftHSM2 is not installed: apt-get install softhsm2")
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Token:
 def softhsm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Point SoftHSM2 at a folder of the tests."""
     folder = tmp_path_factory.mktemp("softhsm")
-    os.environ[pkcs11_softhsm.CONFIGURATION_VARIABLE] = str(pkcs11_softhsm.configure(folder))
+    os.environ[softhsm.CONFIGURATION_VARIABLE] = str(softhsm.configure(folder))
     return folder
 
 
@@ -75,7 +75,7 @@ def softhsm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def token(softhsm_folder: Path) -> Iterator[Token]:
     """A fresh token with a non-extractable AES-256 key; it goes away with the test."""
     module = find_module()
-    made = pkcs11_softhsm.init_token(softhsm_folder, f"test-{next(_numbers)}")
+    made = softhsm.init_token(softhsm_folder, f"test-{next(_numbers)}")
     # The module in this process listed its tokens before; let it look again.
     module_at(module).forget_tokens()
     token = Token(

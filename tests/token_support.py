@@ -10,9 +10,9 @@ from unittest import mock
 
 from openkcm.roots import Root
 from openkcm.roots.base import ANSWER_SECONDS
-from openkcm.roots.pkcs11_modules import module_at
-from openkcm.roots.pkcs11_pins import Pin
-from openkcm.roots.pkcs11_uri import PKCS11URI
+from openkcm.roots.pkcs11.modules import module_at
+from openkcm.roots.pkcs11.pins import Pin
+from openkcm.roots.pkcs11.uri import PKCS11URI
 from softhsm import Token
 
 CONTEXT = {"layer": "L2", "tenant": "acme", "region": "eu", "version": "1"}
@@ -87,5 +87,5 @@ def at_a_terminal(*typed: str) -> Any:
     stdin = mock.Mock(closed=False, isatty=lambda: True)
     answers = mock.Mock(side_effect=typed)
     return mock.patch.multiple(
-        "openkcm.roots.pkcs11_pins", sys=mock.Mock(stdin=stdin), getpass=mock.Mock(getpass=answers)
+        "openkcm.roots.pkcs11.pins", sys=mock.Mock(stdin=stdin), getpass=mock.Mock(getpass=answers)
     )

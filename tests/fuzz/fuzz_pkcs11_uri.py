@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator
 
 from openkcm.errors import RootMisconfigured
-from openkcm.roots.pkcs11_uri import parse_pkcs11_uri
+from openkcm.roots.pkcs11.uri import parse_pkcs11_uri
 
 # RFC 7512, section 3, and what this project adds to or takes from it.
 EXAMPLES = (

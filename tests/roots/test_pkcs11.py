@@ -25,10 +25,10 @@ from openkcm.errors import (
 from openkcm.roots import Root, open_root, pkcs11
 from openkcm.roots.base import Grantable
 from openkcm.roots.binding import bind
-from openkcm.roots.pkcs11_keys import AES_WRAP, RSA
-from openkcm.roots.pkcs11_modules import module_at
-from openkcm.roots.pkcs11_oaep import unpad_oaep
-from openkcm.roots.pkcs11_uri import PKCS11URI
+from openkcm.roots.pkcs11.keys import AES_WRAP, RSA
+from openkcm.roots.pkcs11.modules import module_at
+from openkcm.roots.pkcs11.oaep import unpad_oaep
+from openkcm.roots.pkcs11.uri import PKCS11URI
 from softhsm import Token
 from support import refused, run_python
 from token_support import (
@@ -133,7 +133,7 @@ def test_gcm_is_preferred_where_the_key_may(token: Token) -> None:
 def test_the_keys_allowed_mechanisms_decide(token: Token) -> None:
     """CKA_ALLOWED_MECHANISMS, which the binding cannot write; pkcs11-tool can, see the test of the grant's commands."""
     root = open_root(make(token, "every", 9, ENCRYPT=True, DECRYPT=True, WRAP=True, UNWRAP=True))
-    with mock.patch("openkcm.roots.pkcs11_mechanisms.Key._allowed", lambda self: [0x210A]):
+    with mock.patch("openkcm.roots.pkcs11.mechanisms.Key._allowed", lambda self: [0x210A]):
         wrapped = root.wrap(SEALED, CONTEXT)
     assert wrapped[:2] == b"\x01\x03"
     assert root.unwrap(wrapped, CONTEXT) == SEALED
@@ -165,7 +165,7 @@ def test_rsa(token: Token) -> None:
 def test_rsa_without_the_bare_operation(token: Token) -> None:
     """No silent weakening: SHA-1 does not stand in."""
     root = open_root(token.add_key("rsa", b"\x06", RSA))
-    with mock.patch("openkcm.roots.pkcs11_mechanisms.Key._allowed", lambda self: [0x09]):
+    with mock.patch("openkcm.roots.pkcs11.mechanisms.Key._allowed", lambda self: [0x09]):
         try:
             use(root)
         except RootMisconfigured as error:
@@ -173,7 +173,7 @@ def test_rsa_without_the_bare_operation(token: Token) -> None:
             assert "CKR_ARGUMENTS_BAD" in str(error)
         else:
             pytest.skip("this SoftHSM2 does OAEP with SHA-256")
-    with mock.patch("openkcm.roots.pkcs11_mechanisms.Key._allowed", lambda self: [0x01]):
+    with mock.patch("openkcm.roots.pkcs11.mechanisms.Key._allowed", lambda self: [0x01]):
         assert "no mechanism" in str(refused(lambda: use(root), RootMisconfigured))
 
 

@@ -19,7 +19,6 @@ from unittest import mock
 
 import pytest
 
-import openkcm.roots.pkcs11 as provider
 from openkcm.errors import (
     DecryptError,
     OpenKCMError,
@@ -28,11 +27,13 @@ from openkcm.errors import (
     RootMisconfigured,
     RootUnavailable,
 )
-from openkcm.roots import Root, open_root, pkcs11_answers, pkcs11_calls, pkcs11_modules
-from openkcm.roots.pkcs11_answers import ANSWERS, DOUBTFUL, LOST, NO_SUCH_OBJECT, code_of
-from openkcm.roots.pkcs11_keys import AES, AES_WRAP, RSA, create_token_key
-from openkcm.roots.pkcs11_modules import module_at
-from openkcm.roots.pkcs11_softhsm import init_token
+from openkcm.roots import Root, open_root
+from openkcm.roots.pkcs11 import modules
+from openkcm.roots.pkcs11 import root as provider
+from openkcm.roots.pkcs11.answers import ANSWERS, DOUBTFUL, LOST, NO_SUCH_OBJECT, REFUSED_PINS, code_of
+from openkcm.roots.pkcs11.keys import AES, AES_WRAP, RSA, create_token_key
+from openkcm.roots.pkcs11.modules import module_at
+from openkcm.roots.pkcs11.softhsm import init_token
 from pkcs11_shim import Shim, over_nss, over_softhsm
 from support import refused
 
@@ -136,7 +137,7 @@ def one(module: Shim, softhsm_folder: Path) -> Place:
 @pytest.fixture
 def place(one: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     """The token, its module passing everything on to begin with, and no pauses."""
-    monkeypatch.setattr(pkcs11_modules, "REREADING_PAUSES", (0.0, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(modules, "REREADING_PAUSES", (0.0, 0.0, 0.0, 0.0))
     pkcs11 = module_at(one.shim.path)
     pkcs11._tokens.forget_refusals()
     pkcs11._reloads.clear()
@@ -194,7 +195,7 @@ def test_each_code_at_a_login(place: Place, code: str) -> None:
     expected = RootMisconfigured if ANSWERS[code] is DecryptError else ANSWERS[code]
     for _ in range(3):
         refused(lambda: place.root.wrap(SEALED, CONTEXT), expected)
-    if code in pkcs11_answers.REFUSED_PINS:
+    if code in REFUSED_PINS:
         assert place.shim.calls("C_Login") == before + 1
 
 
@@ -212,8 +213,8 @@ def test_a_module_that_is_not_initialised_anew(
     place: Place, monkeypatch: pytest.MonkeyPatch, code: str
 ) -> None:
     """As all but SoftHSM2: lost sessions are made anew, and a key that is gone is gone; C_Finalize is not called."""
-    monkeypatch.setattr(pkcs11_modules, "REREADING", frozenset())
-    monkeypatch.setattr(pkcs11_modules, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(modules, "REREADING", frozenset())
+    monkeypatch.setattr(modules, "PAUSES", (0.0, 0.0))
     wrapped = place.root.wrap(SEALED, CONTEXT)
     finalized = place.shim.calls("C_Finalize")
     place.shim.answer("C_DecryptInit", NUMBERS[code], 1)
@@ -438,7 +439,7 @@ def test_a_fork_waits_for_a_call(place: Place) -> None:
 
 def test_a_fork_while_a_call_hangs(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(provider, "ANSWER_SECONDS", 0.3)
-    monkeypatch.setattr(pkcs11_calls, "FORK_SECONDS", 0.2)
+    monkeypatch.setattr("openkcm.roots.pkcs11.calls.FORK_SECONDS", 0.2)
     wrapped = place.root.wrap(SEALED, CONTEXT)
     place.shim.hang("C_DecryptInit")
     refused(lambda: place.root.unwrap(wrapped, CONTEXT), RootUnavailable)

@@ -18,8 +18,8 @@ from openkcm.errors import (
     RootMisconfigured,
 )
 from openkcm.roots import open_root
-from openkcm.roots.pkcs11_modules import module_at
-from openkcm.roots.pkcs11_pins import PIN_VARIABLE, Pin, PinNeeded, read_pin
+from openkcm.roots.pkcs11.modules import module_at
+from openkcm.roots.pkcs11.pins import PIN_VARIABLE, Pin, PinNeeded, read_pin
 from softhsm import Token
 from support import refused, run_python
 from token_support import (
@@ -139,12 +139,13 @@ def test_a_wrong_pin_is_tried_once(token: Token, tmp_path: Path) -> None:
     code = f"""
 import os
 from openkcm.errors import RootDenied
-from openkcm.roots import open_root, pkcs11_functions
-call, logins = pkcs11_functions.Functions.log_in, []
+from openkcm.roots import open_root
+from openkcm.roots.pkcs11.functions import Functions
+call, logins = Functions.log_in, []
 def counting(self, session, pin):
     logins.append(os.getpid())
     return call(self, session, pin)
-pkcs11_functions.Functions.log_in = counting
+Functions.log_in = counting
 def attempt():
     for _ in range(20):
         root = open_root({token.uri.replace(str(token.pin_file), str(wrong))!r})

@@ -23,8 +23,8 @@ from openkcm.errors import (
     RootUnavailable,
 )
 from openkcm.roots import Root, open_root
-from openkcm.roots.pkcs11_modules import _modules, module_at
-from openkcm.roots.pkcs11_pins import PIN_VARIABLE
+from openkcm.roots.pkcs11.modules import _modules, module_at
+from openkcm.roots.pkcs11.pins import PIN_VARIABLE
 from softhsm import Token
 from support import refused, run_python
 from token_support import (
@@ -39,8 +39,8 @@ from token_support import (
 @pytest.fixture
 def neighbour(token: Token, request: pytest.FixtureRequest, softhsm_folder: Path) -> Root:
     """A root on another token of the same module."""
-    from openkcm.roots.pkcs11_keys import create_token_key
-    from openkcm.roots.pkcs11_softhsm import init_token
+    from openkcm.roots.pkcs11.keys import create_token_key
+    from openkcm.roots.pkcs11.softhsm import init_token
 
     made = init_token(softhsm_folder, f"next-to-{token.label}")
     module_at(token.module).forget_tokens()
@@ -214,7 +214,7 @@ def test_a_key_that_is_restored_from_a_backup(token: Token, softhsm_folder: Path
 
 def test_a_token_initialised_anew_by_another_process(token: Token, softhsm_folder: Path) -> None:
     """Its keys are gone with it, and it has a PIN of its own."""
-    from openkcm.roots.pkcs11_softhsm import init_token
+    from openkcm.roots.pkcs11.softhsm import init_token
 
     root = open_root(token.uri)
     wrapped = root.wrap(SEALED, CONTEXT)
@@ -314,7 +314,7 @@ def test_a_copy_of_the_module_is_apart(token: Token, neighbour: Root, tmp_path: 
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
-        with mock.patch("openkcm.roots.pkcs11.ANSWER_SECONDS", 0.3):
+        with mock.patch("openkcm.roots.pkcs11.root.ANSWER_SECONDS", 0.3):
             refused(lambda: root.unwrap(wrapped, CONTEXT), RootUnavailable)
             refused(lambda: use(neighbour), RootUnavailable)
         began = time.monotonic()

@@ -20,7 +20,7 @@ from openkcm.errors import (
     RootUnavailable,
 )
 from openkcm.roots import Root, open_root
-from openkcm.roots.pkcs11_answers import ANSWERS
+from openkcm.roots.pkcs11.answers import ANSWERS
 from openkcm.testing.softhsm import SoftHSM, SoftHSMKey
 from support import refused
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from openkcm.errors import RootDisabled, RootMisconfigured
 from openkcm.roots import open_root
-from openkcm.roots.pkcs11_uri import PKCS11URI, parse_pkcs11_uri
+from openkcm.roots.pkcs11.uri import PKCS11URI, parse_pkcs11_uri
 from support import refused, run_python
 
 # ---- the registry ---------------------------------------------------------------------------------------

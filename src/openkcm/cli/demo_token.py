@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from ..errors import ConfigurationError, RootMisconfigured
-from ..roots.pkcs11_keys import create_token_key
-from ..roots.pkcs11_softhsm import CONFIGURATION_VARIABLE, MODULES, configure, find_module, init_token
+from ..roots.pkcs11.keys import create_token_key
+from ..roots.pkcs11.softhsm import CONFIGURATION_VARIABLE, MODULES, configure, find_module, init_token
 
 __all__ = ["MODULES", "NoToken", "make_token"]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Roots of trust: one module a provider, behind ``base.Root``."""
+"""Roots of trust: one package a provider, behind ``base.Root``."""
 
 from .base import ENTRY_POINTS, Grant, Grantable, Root, Switchable, open_root
 

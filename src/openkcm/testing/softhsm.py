@@ -32,15 +32,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import RootMisconfigured, RootUnavailable
-from ..roots import pkcs11
-from ..roots.pkcs11_answers import ANSWERS, NO_SUCH_OBJECT, code_of
-from ..roots.pkcs11_keys import AES, AES_WRAP, RSA, create_token_key
-from ..roots.pkcs11_logins import Login
-from ..roots.pkcs11_mechanisms import Key, encrypt_to
-from ..roots.pkcs11_modules import module_at
-from ..roots.pkcs11_oaep import unpad_oaep
-from ..roots.pkcs11_softhsm import CONFIGURATION_VARIABLE, Token, configure, find_module, init_token
-from ..roots.pkcs11_uri import PKCS11URI
+from ..roots.pkcs11 import root
+from ..roots.pkcs11.answers import ANSWERS, NO_SUCH_OBJECT, code_of
+from ..roots.pkcs11.keys import AES, AES_WRAP, RSA, create_token_key
+from ..roots.pkcs11.logins import Login
+from ..roots.pkcs11.mechanisms import Key, encrypt_to
+from ..roots.pkcs11.modules import module_at
+from ..roots.pkcs11.oaep import unpad_oaep
+from ..roots.pkcs11.softhsm import CONFIGURATION_VARIABLE, Token, configure, find_module, init_token
+from ..roots.pkcs11.uri import PKCS11URI
 from .base import FakeKey, FakeProvider, KeyCondition
 
 __all__ = ["AES", "AES_WRAP", "RSA", "SoftHSM", "SoftHSMKey"]
@@ -245,11 +245,11 @@ class SoftHSM(FakeProvider):
 
     def start(self) -> None:
         """Make the folder."""
-        if isinstance(pkcs11.search, _Between):
+        if isinstance(root.search, _Between):
             raise RootMisconfigured("SoftHSM2 serves one folder a process; another provider is in use")
         self._folder = Path(tempfile.mkdtemp(prefix="openkcm-softhsm-"))
         configure(self._folder)
-        pkcs11.search = _Between(pkcs11.search, self._keys)
+        root.search = _Between(root.search, self._keys)
         module_at(self.module).forget_tokens()
 
     def stop(self) -> None:
@@ -257,8 +257,8 @@ class SoftHSM(FakeProvider):
         for key in self._keys.values():
             key.heal()
         self._keys.clear()
-        if isinstance(pkcs11.search, _Between):
-            pkcs11.search = pkcs11.search.search
+        if isinstance(root.search, _Between):
+            root.search = root.search.search
         if self._folder is not None:
             module_at(self.module).forget_tokens()
             shutil.rmtree(self._folder, ignore_errors=True)

@@ -21,14 +21,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from ..clock import DICE
-from ..errors import RootMisconfigured, RootUnavailable
-from .pkcs11_answers import LOST, Answer, Lost, ask
-from .pkcs11_calls import Caller
-from .pkcs11_functions import Functions
-from .pkcs11_logins import Login, Logins, Place
-from .pkcs11_pins import Pin, PinNeeded, read_pin
-from .pkcs11_uri import PKCS11URI
+from ...clock import DICE
+from ...errors import RootMisconfigured, RootUnavailable
+from .answers import LOST, Answer, Lost, ask
+from .calls import Caller
+from .functions import Functions
+from .logins import Login, Logins, Place
+from .pins import Pin, PinNeeded, read_pin
+from .uri import PKCS11URI
 
 T = TypeVar("T")
 

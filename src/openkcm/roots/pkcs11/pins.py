@@ -18,7 +18,7 @@ import threading
 from pathlib import Path
 from typing import Final
 
-from ..errors import RootMisconfigured
+from ...errors import RootMisconfigured
 
 PIN_VARIABLE: Final = "OPENKCM_PKCS11_PIN"
 MAX_PIN_BYTES: Final = 1024

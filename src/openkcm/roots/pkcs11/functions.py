@@ -15,7 +15,7 @@ import ctypes
 from pathlib import Path
 from typing import Any, Final
 
-from .pkcs11_answers import Answer, name_of
+from .answers import Answer, name_of
 
 _C_INITIALIZE: Final = 0
 _C_FINALIZE: Final = 1

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ..errors import RootDenied, RootMisconfigured
-from .pkcs11_answers import (
+from ...errors import RootDenied, RootMisconfigured
+from .answers import (
     ANSWERS,
     LOCKED_PIN,
     REFUSED_PIN,
@@ -26,8 +26,8 @@ from .pkcs11_answers import (
     Answer,
     ask,
 )
-from .pkcs11_functions import Functions
-from .pkcs11_pins import Pin
+from .functions import Functions
+from .pins import Pin
 
 Place = tuple[int, bytes]
 """A slot's number and its token's serial number."""

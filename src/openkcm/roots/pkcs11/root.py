@@ -5,7 +5,7 @@ Invariant: the key never leaves the token. A use of it ends within ``ANSWER_SECO
 believed only in a session that is known to be logged in: a key that a stale session does not see is not called
 destroyed, a token that was taken out is not called empty, and both are looked for in a new session first.
 
-A wrapped blob is ``01 || mechanism 1 || what the mechanism made``; see ``pkcs11_mechanisms``.
+A wrapped blob is ``01 || mechanism 1 || what the mechanism made``; see ``mechanisms``.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Final, TypeVar
 
-from ..errors import DecryptError, OpenKCMError, RootMisconfigured
-from .base import ANSWER_SECONDS, Grant
-from .pkcs11_answers import (
+from ...errors import DecryptError, OpenKCMError, RootMisconfigured
+from ..base import ANSWER_SECONDS, Grant
+from .answers import (
     ANSWERS,
     DOUBTFUL,
     LOST,
@@ -29,9 +29,9 @@ from .pkcs11_answers import (
     ask,
     error_of,
 )
-from .pkcs11_keys import create_token_key, grant_for
-from .pkcs11_logins import Login
-from .pkcs11_mechanisms import (
+from .keys import create_token_key, grant_for
+from .logins import Login
+from .mechanisms import (
     FORMAT,
     STRONG_RSA_BITS,
     Key,
@@ -42,9 +42,9 @@ from .pkcs11_mechanisms import (
     rsa_bits,
     works,
 )
-from .pkcs11_modules import MODULE_VARIABLE, Module, module_at
-from .pkcs11_pins import PIN_VARIABLE, Pin
-from .pkcs11_uri import PKCS11URI, PRIVATE_KEY, parse_pkcs11_uri
+from .modules import MODULE_VARIABLE, Module, module_at
+from .pins import PIN_VARIABLE, Pin
+from .uri import PKCS11URI, PRIVATE_KEY, parse_pkcs11_uri
 
 __all__ = [
     "ANSWERS",

@@ -10,7 +10,7 @@ import hashlib
 import hmac
 from typing import Final
 
-from ..errors import DecryptError
+from ...errors import DecryptError
 
 DIGEST_BYTES: Final = 32
 _EMPTY_LABEL: Final = hashlib.sha256(b"").digest()

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Final, ParamSpec, TypeVar
 
-from ..errors import (
+from ...errors import (
     DecryptError,
     OpenKCMError,
     RootDenied,

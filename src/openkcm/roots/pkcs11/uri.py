@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote, unquote_to_bytes
 
-from ..errors import RootMisconfigured
+from ...errors import RootMisconfigured
 
 _PATH: Final = {"token", "serial", "manufacturer", "model", "slot-id", "object", "id", "type"}
 _QUERY: Final = {"module-path", "pin-source"}

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from ..errors import RootMisconfigured
-from .pkcs11_modules import MODULE_VARIABLE
+from ...errors import RootMisconfigured
+from .modules import MODULE_VARIABLE
 
 MODULES: Final = (
     "/usr/lib/softhsm/libsofthsm2.so",

@@ -25,12 +25,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from ..context import encode_context
-from ..errors import DecryptError, InvalidInput, RootDenied, RootMisconfigured
-from ..limits import NONCE_BYTES, TAG_BYTES
-from .binding import DIGEST_BYTES, bind, unbind
-from .pkcs11_answers import Answer, ask
-from .pkcs11_oaep import unpad_oaep
+from ...context import encode_context
+from ...errors import DecryptError, InvalidInput, RootDenied, RootMisconfigured
+from ...limits import NONCE_BYTES, TAG_BYTES
+from ..binding import DIGEST_BYTES, bind, unbind
+from .answers import Answer, ask
+from .oaep import unpad_oaep
 
 FORMAT: Final = 1
 AES_GCM: Final = 1

@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
-from ..errors import RootUnavailable
+from ...errors import RootUnavailable
 
 T = TypeVar("T")
 

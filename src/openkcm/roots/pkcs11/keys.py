@@ -11,12 +11,12 @@ import shlex
 from collections.abc import Mapping
 from typing import Any, Final
 
-from ..errors import RootMisconfigured
-from .base import ANSWER_SECONDS, Grant
-from .pkcs11_answers import ask
-from .pkcs11_modules import Module, module_at
-from .pkcs11_pins import Pin
-from .pkcs11_uri import PKCS11URI, PRIVATE_KEY, SECRET_KEY
+from ...errors import RootMisconfigured
+from ..base import ANSWER_SECONDS, Grant
+from .answers import ask
+from .modules import Module, module_at
+from .pins import Pin
+from .uri import PKCS11URI, PRIVATE_KEY, SECRET_KEY
 
 AES: Final = "aes"
 AES_WRAP: Final = "aes-wrap"
