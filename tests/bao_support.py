@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of ``bao-transit:`` roots share: values, scripted servers, and bounds in time."""
+"""What the tests of ``bao-transit:`` roots share: values, scripted servers, bounds in time, and fixtures.
+
+A module imports a fixture as itself (``key as key``), since only pytest uses the name.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from openkcm.roots import Root, open_root
 from openkcm.testing.https import Request, Response, Server, make_certificate
+from openkcm.testing.openbao import OpenBao, OpenBaoKey
 from support import refused
 
 CONTEXT = {"layer": "L2", "tenant": "acme", "region": "local", "version": "1"}
@@ -23,6 +29,21 @@ LIMIT = 8.0
 """Seconds within which a call has to end, whatever happens; loose, for a busy machine."""
 
 names = (f"key-{number}" for number in itertools.count())
+
+
+@pytest.fixture(scope="module")
+def bao() -> Iterator[OpenBao]:
+    """One server for all tests of a module."""
+    with OpenBao() as provider:
+        yield provider
+
+
+@pytest.fixture
+def key(bao: OpenBao) -> Iterator[OpenBaoKey]:
+    """A fresh key."""
+    made = bao.make_key(next(names))
+    yield made
+    made.close()
 
 
 def use(root: Root) -> None:

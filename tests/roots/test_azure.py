@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import threading
 import time
 import traceback
 import uuid
-from collections.abc import Iterator
 
 import pytest
 
+from azure_support import CONTEXT, SEALED, VERSION, names, use
+from azure_support import either_key as either_key
+from azure_support import provider as provider
+from azure_support import root as root
+from azure_support import running as running
 from openkcm.errors import DecryptError, RootDenied, RootDestroyed, RootDisabled, RootMisconfigured
 from openkcm.roots import Root, open_root
 from openkcm.roots.azure import parse_blob
@@ -21,47 +24,6 @@ from openkcm.testing import FakeKey
 from openkcm.testing.azure import AzureKey, AzureKeyVault
 from openkcm.testing.https import Response
 from support import refused
-
-CONTEXT = {"layer": "L2", "tenant": "acme", "region": "eu", "version": "1"}
-SEALED = bytes(range(72))
-TENANT = "11111111-2222-3333-4444-55555555aaaa"
-VERSION = "0123456789abcdef0123456789abcdef"
-names = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[AzureKeyVault]:
-    with AzureKeyVault() as provider:
-        yield provider
-
-
-@pytest.fixture
-def provider(running: AzureKeyVault) -> Iterator[AzureKeyVault]:
-    yield running
-    running.entra.heal()
-    running.raw_answer = None
-
-
-@pytest.fixture(params=["vault", "hsm"])
-def key(request: pytest.FixtureRequest, provider: AzureKeyVault) -> AzureKey:
-    """A fresh key, in the vault and then in the managed HSM."""
-    make = provider.make_key if request.param == "vault" else provider.make_hsm_key
-    return make(f"root-{next(names)}")
-
-
-@pytest.fixture
-def root(key: AzureKey) -> Iterator[Root]:
-    opened = open_root(key.uri)
-    yield opened
-    opened.close()
-
-
-def use(root: Root) -> bytes:
-    """Make a round trip; the wrapped blob."""
-    wrapped = root.wrap(SEALED, CONTEXT)
-    assert root.unwrap(wrapped, CONTEXT) == SEALED
-    return wrapped
-
 
 # ---- wrapping ---------------------------------------------------------------------------------------------
 

@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
-import itertools
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+from azure_support import CONTEXT, SEALED, in_time, use
+from azure_support import hsm_key as hsm_key
+from azure_support import provider as provider
+from azure_support import root as root
+from azure_support import running as running
 from openkcm.errors import (
     DecryptError,
     OpenKCMError,
@@ -33,53 +36,9 @@ from openkcm.testing.azure.entra import ENTRA_ERRORS
 from openkcm.testing.https import Response, make_certificate
 from support import refused
 
-CONTEXT = {"tenant": "acme"}
-SEALED = bytes(range(72))
-LONGEST_SECONDS = 8
-names = itertools.count()
-
 ENTRA = sorted(name for name in ANSWERS if name.startswith("AADSTS"))
 NETWORK = sorted(name for name in ANSWERS if name.endswith("Error") and not name.startswith("Internal"))
 SERVICE = sorted(set(ANSWERS) - set(ENTRA) - set(NETWORK))
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[AzureKeyVault]:
-    with AzureKeyVault() as provider:
-        yield provider
-
-
-@pytest.fixture
-def provider(running: AzureKeyVault) -> Iterator[AzureKeyVault]:
-    yield running
-    running.entra.heal()
-    running.raw_answer = None
-
-
-@pytest.fixture
-def key(provider: AzureKeyVault) -> AzureKey:
-    return provider.make_hsm_key(f"root-{next(names)}")
-
-
-@pytest.fixture
-def root(key: AzureKey) -> Iterator[Root]:
-    opened = open_root(key.uri)
-    yield opened
-    opened.close()
-
-
-def use(root: Root) -> bytes:
-    """Make a round trip; the wrapped blob."""
-    wrapped = root.wrap(SEALED, CONTEXT)
-    assert root.unwrap(wrapped, CONTEXT) == SEALED
-    return wrapped
-
-
-@contextmanager
-def in_time() -> Iterator[None]:
-    started = time.monotonic()
-    yield
-    assert time.monotonic() - started < LONGEST_SECONDS
 
 
 # ---- the table --------------------------------------------------------------------------------------------

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
-from collections.abc import Iterator
 
 import pytest
 from azure.identity import DefaultAzureCredential
@@ -13,6 +11,11 @@ from azure.keyvault.keys import KeyClient
 from hypothesis import given
 from hypothesis import strategies as st
 
+from azure_support import TENANT, VERSION, names
+from azure_support import either_key as either_key
+from azure_support import provider as provider
+from azure_support import root as root
+from azure_support import running as running
 from openkcm.errors import RootMisconfigured
 from openkcm.roots import Root, open_root
 from openkcm.roots.azure import AzureRoot
@@ -20,38 +23,6 @@ from openkcm.roots.azure.uri import HOSTS_VARIABLE, SUFFIXES, AzureURI, find_ser
 from openkcm.roots.base import Grantable
 from openkcm.testing.azure import AzureKey, AzureKeyVault
 from support import refused
-
-TENANT = "11111111-2222-3333-4444-55555555aaaa"
-VERSION = "0123456789abcdef0123456789abcdef"
-names = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[AzureKeyVault]:
-    with AzureKeyVault() as provider:
-        yield provider
-
-
-@pytest.fixture
-def provider(running: AzureKeyVault) -> Iterator[AzureKeyVault]:
-    yield running
-    running.entra.heal()
-    running.raw_answer = None
-
-
-@pytest.fixture(params=["vault", "hsm"])
-def key(request: pytest.FixtureRequest, provider: AzureKeyVault) -> AzureKey:
-    """A fresh key, in the vault and then in the managed HSM."""
-    make = provider.make_key if request.param == "vault" else provider.make_hsm_key
-    return make(f"root-{next(names)}")
-
-
-@pytest.fixture
-def root(key: AzureKey) -> Iterator[Root]:
-    opened = open_root(key.uri)
-    yield opened
-    opened.close()
-
 
 # ---- URIs -------------------------------------------------------------------------------------------------
 

@@ -10,19 +10,15 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bao_support import (
-    CONTEXT,
-    SEALED,
-    names,
-    use,
-)
+from bao_support import CONTEXT, SEALED, names, use
+from bao_support import bao as bao
+from bao_support import key as key
 from openkcm.errors import (
     DecryptError,
     OpenKCMError,
@@ -37,20 +33,6 @@ from openkcm.roots import Grantable, Root, open_root
 from openkcm.roots.bao import MAX_SEALED_BYTES, make_blob, parse_blob
 from openkcm.testing.openbao import OpenBao, OpenBaoKey
 from support import refused
-
-
-@pytest.fixture(scope="module")
-def bao() -> Iterator[OpenBao]:
-    with OpenBao() as provider:
-        yield provider
-
-
-@pytest.fixture
-def key(bao: OpenBao) -> Iterator[OpenBaoKey]:
-    made = bao.make_key(next(names))
-    yield made
-    made.close()
-
 
 LOGINS = ("token", "approle", "kubernetes")
 

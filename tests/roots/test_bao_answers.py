@@ -3,18 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from bao_support import (
-    BLOB,
-    CONTEXT,
-    SEALED,
-    answering,
-    names,
-)
+from bao_support import BLOB, CONTEXT, SEALED, answering
+from bao_support import bao as bao
+from bao_support import key as key
 from openkcm.errors import (
     DecryptError,
     OpenKCMError,
@@ -28,19 +23,6 @@ from openkcm.roots.bao import ANSWERS
 from openkcm.testing.https import Request, Response
 from openkcm.testing.openbao import REPLIES, OpenBao, OpenBaoKey
 from support import refused
-
-
-@pytest.fixture(scope="module")
-def bao() -> Iterator[OpenBao]:
-    with OpenBao() as provider:
-        yield provider
-
-
-@pytest.fixture
-def key(bao: OpenBao) -> Iterator[OpenBaoKey]:
-    made = bao.make_key(next(names))
-    yield made
-    made.close()
 
 
 @pytest.mark.parametrize("name", [name for name, reply in REPLIES.items() if not reply.at_login])

@@ -5,16 +5,12 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterator
 
 import pytest
 
-from bao_support import (
-    CONTEXT,
-    SEALED,
-    names,
-    use,
-)
+from bao_support import CONTEXT, SEALED, names, use
+from bao_support import bao as bao
+from bao_support import key as key
 from openkcm.errors import (
     RootDenied,
     RootMisconfigured,
@@ -24,19 +20,6 @@ from openkcm.roots.bao import open_bao
 from openkcm.testing.openbao import ACCOUNT, NAMESPACE, ROLE, OpenBao, OpenBaoKey
 from openkcm.testing.openbao.server import find_binary
 from support import refused, run_python
-
-
-@pytest.fixture(scope="module")
-def bao() -> Iterator[OpenBao]:
-    with OpenBao() as provider:
-        yield provider
-
-
-@pytest.fixture
-def key(bao: OpenBao) -> Iterator[OpenBaoKey]:
-    made = bao.make_key(next(names))
-    yield made
-    made.close()
 
 
 def shell(bao: OpenBao, text: str) -> None:

@@ -6,19 +6,13 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from bao_support import (
-    BLOB,
-    CONTEXT,
-    SEALED,
-    answering,
-    in_time,
-    names,
-)
+from bao_support import BLOB, CONTEXT, SEALED, answering, in_time
+from bao_support import bao as bao
+from bao_support import key as key
 from openkcm.errors import (
     DecryptError,
     OpenKCMError,
@@ -29,20 +23,6 @@ from openkcm.roots.bao.http import MAX_ANSWER_BYTES
 from openkcm.testing.https import Request, Response, Server
 from openkcm.testing.openbao import OpenBao, OpenBaoKey
 from support import refused
-
-
-@pytest.fixture(scope="module")
-def bao() -> Iterator[OpenBao]:
-    with OpenBao() as provider:
-        yield provider
-
-
-@pytest.fixture
-def key(bao: OpenBao) -> Iterator[OpenBaoKey]:
-    made = bao.make_key(next(names))
-    yield made
-    made.close()
-
 
 _GOOD = base64.b64encode(bytes(132)).decode()
 HOSTILE: list[Any] = [

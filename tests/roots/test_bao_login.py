@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bao_support import CONTEXT, SEALED, names, use
+from bao_support import CONTEXT, SEALED, use
+from bao_support import bao as bao
+from bao_support import key as key
 from openkcm.errors import RootDenied, RootMisconfigured, RootUnavailable
 from openkcm.roots import open_root
 from openkcm.roots.bao import BaoRoot, open_bao
@@ -21,19 +22,6 @@ from openkcm.testing.openbao import ACCOUNT, NAMESPACE, ROLE, OpenBao, OpenBaoKe
 from support import refused
 
 WRONG = "00000000-0000-0000-0000-000000000000"
-
-
-@pytest.fixture(scope="module")
-def bao() -> Iterator[OpenBao]:
-    with OpenBao() as provider:
-        yield provider
-
-
-@pytest.fixture
-def key(bao: OpenBao) -> Iterator[OpenBaoKey]:
-    made = bao.make_key(next(names))
-    yield made
-    made.close()
 
 
 @pytest.fixture

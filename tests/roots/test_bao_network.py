@@ -10,24 +10,14 @@ import ssl
 import threading
 import time
 import types
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from bao_support import (
-    BLOB,
-    CONTEXT,
-    LIMIT,
-    SEALED,
-    answering,
-    in_time,
-    listening,
-    names,
-    own_context,
-    root_at,
-)
+from bao_support import BLOB, CONTEXT, LIMIT, SEALED, answering, in_time, listening, own_context, root_at
+from bao_support import bao as bao
+from bao_support import key as key
 from openkcm.errors import (
     OpenKCMError,
     RootMisconfigured,
@@ -40,19 +30,6 @@ from openkcm.testing.https import Request, Response, Server, make_certificate
 from openkcm.testing.openbao import REPLIES, OpenBao, OpenBaoKey
 from openkcm.testing.tcp_proxy import TcpProxy
 from support import refused
-
-
-@pytest.fixture(scope="module")
-def bao() -> Iterator[OpenBao]:
-    with OpenBao() as provider:
-        yield provider
-
-
-@pytest.fixture
-def key(bao: OpenBao) -> Iterator[OpenBaoKey]:
-    made = bao.make_key(next(names))
-    yield made
-    made.close()
 
 
 def _read_timeout(stack: ExitStack, key: OpenBaoKey, folder: Path) -> Root:

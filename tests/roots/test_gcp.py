@@ -17,6 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gcp_support import CONTEXT, NAME, SEALED
+from gcp_support import cloud as cloud
 from openkcm.errors import (
     DecryptError,
     RootDestroyed,
@@ -29,16 +31,7 @@ from openkcm.roots.gcp.uri import GCPKeyURI, endpoints, parse_gcp_uri
 from openkcm.testing.gcp import GCPKMS, GCPKey, VersionState
 from support import refused, run_python
 
-NAME = "projects/customer-project/locations/europe-west3/keyRings/openkcm/cryptoKeys/root"
-CONTEXT = {"layer": "L2", "tenant": "acme", "region": "eu", "version": "1"}
-SEALED = bytes(range(72))
 OPENED: list[GCPRoot] = []
-
-
-@pytest.fixture(scope="module")
-def cloud() -> Iterator[GCPKMS]:
-    with GCPKMS() as cloud:
-        yield cloud
 
 
 @pytest.fixture

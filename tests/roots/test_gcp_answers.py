@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every answer of Cloud KMS over the wire, and what it is called here; test_root_gcp_login and _network have more."""
+"""Every answer of Cloud KMS over the wire, and what it is called here; test_gcp_login and _network have more."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gcp_support import CONTEXT, SEALED
+from gcp_support import cloud as cloud
+from gcp_support import key as key
+from gcp_support import root as root
+from gcp_support import wrapped as wrapped
 from openkcm.errors import (
     DecryptError,
     OpenKCMError,
@@ -27,40 +32,9 @@ from openkcm.testing.gcp import GCPKMS, USE_TO_DECRYPT, USE_TO_ENCRYPT, GCPKey
 from openkcm.testing.gcp import errors as gcp_errors
 from support import refused
 
-CONTEXT = {"tenant": "acme"}
-SEALED = bytes(72)
 LOGIN = {name for name in ANSWERS if name.islower()}
 HERE = {name for name in ANSWERS if not name.isupper() and not name.islower()}
 SERVICE = ANSWERS.keys() - LOGIN - HERE
-
-
-@pytest.fixture(scope="module")
-def cloud() -> Iterator[GCPKMS]:
-    with GCPKMS() as cloud:
-        yield cloud
-
-
-@pytest.fixture
-def key(cloud: GCPKMS) -> Iterator[GCPKey]:
-    key = cloud.make_key("key")
-    yield key
-    key.heal()
-    cloud.login.error = None
-    cloud.login.faults.status = None
-
-
-@pytest.fixture
-def root(key: GCPKey) -> Iterator[GCPRoot]:
-    root = open_gcp(key.uri)
-    yield root
-    root.close()
-
-
-@pytest.fixture
-def wrapped(root: GCPRoot) -> bytes:
-    wrapped = root.wrap(SEALED, CONTEXT)
-    root.close()
-    return wrapped
 
 
 def test_the_table_has_the_rows_that_are_tested() -> None:
@@ -142,7 +116,7 @@ def test_each_permission_by_itself(key: GCPKey, root: GCPRoot, wrapped: bytes) -
 
 
 def test_a_key_that_never_was_is_denied_like_googles_own(cloud: GCPKMS, key: GCPKey) -> None:
-    root = open_gcp(key.uri.replace("cryptoKeys/key", "cryptoKeys/never"))
+    root = open_gcp(key.uri.replace("cryptoKeys/root", "cryptoKeys/never"))
     with contextlib.closing(root):
         refused(lambda: root.wrap(SEALED, CONTEXT), RootDenied)
 

@@ -5,40 +5,19 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from gcp_support import CONTEXT, NAME, SEALED
+from gcp_support import cloud as cloud
+from gcp_support import key as key
+from gcp_support import root as root
 from openkcm.errors import RootMisconfigured, RootUnavailable
-from openkcm.roots.gcp import MAX_CIPHERTEXT_BYTES, GCPRoot, open_gcp
+from openkcm.roots.gcp import MAX_CIPHERTEXT_BYTES, GCPRoot
 from openkcm.roots.gcp.session import MAX_ANSWER_BYTES, crc32c
-from openkcm.testing.gcp import GCPKMS, GCPKey
+from openkcm.testing.gcp import GCPKey
 from support import refused
-
-CONTEXT = {"tenant": "acme"}
-SEALED = bytes(range(72))
-
-
-@pytest.fixture(scope="module")
-def cloud() -> Iterator[GCPKMS]:
-    with GCPKMS() as cloud:
-        yield cloud
-
-
-@pytest.fixture
-def key(cloud: GCPKMS) -> GCPKey:
-    return cloud.make_key("root")
-
-
-@pytest.fixture
-def root(key: GCPKey) -> Iterator[GCPRoot]:
-    root = open_gcp(key.uri)
-    yield root
-    root.close()
-
-
-NAME = "projects/customer-project/locations/europe-west3/keyRings/openkcm/cryptoKeys/root"
 
 
 def encrypted(**other: object) -> dict[str, object]:

@@ -8,14 +8,17 @@ import datetime
 import json
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gcp_support import CONTEXT, SEALED
+from gcp_support import cloud as cloud
+from gcp_support import key as key
+from gcp_support import root as root
 from openkcm.errors import RootMisconfigured, RootThrottled, RootUnavailable
-from openkcm.roots.gcp import ANSWERS, GCPRoot, open_gcp
+from openkcm.roots.gcp import ANSWERS, GCPRoot
 from openkcm.roots.gcp import answers as gcp_answers
 from openkcm.roots.gcp import session as gcp_session
 from openkcm.testing.gcp import GCPKMS, GCPKey
@@ -23,32 +26,8 @@ from openkcm.testing.gcp.login import FEDERATED
 from openkcm.testing.https import Request, Response, Server
 from support import refused, run_python
 
-CONTEXT = {"tenant": "acme"}
-SEALED = bytes(72)
 ENDPOINT = gcp_session.ENDPOINT_VARIABLE
 CREDENTIALS = "GOOGLE_APPLICATION_CREDENTIALS"
-
-
-@pytest.fixture(scope="module")
-def cloud() -> Iterator[GCPKMS]:
-    with GCPKMS() as cloud:
-        yield cloud
-
-
-@pytest.fixture
-def key(cloud: GCPKMS) -> Iterator[GCPKey]:
-    key = cloud.make_key("key")
-    yield key
-    key.heal()
-    cloud.login.error, cloud.login.faults.status, cloud.login.faults.latency = None, None, 0.0
-    cloud.core.enabled = True
-
-
-@pytest.fixture
-def root(key: GCPKey) -> Iterator[GCPRoot]:
-    root = open_gcp(key.uri)
-    yield root
-    root.close()
 
 
 def use(root: GCPRoot) -> None:

@@ -12,47 +12,21 @@ from pathlib import Path
 
 import pytest
 
+from gcp_support import CONTEXT, SEALED
+from gcp_support import cloud as cloud
+from gcp_support import key as key
+from gcp_support import root as root
+from gcp_support import wrapped as wrapped
 from openkcm.errors import RootMisconfigured, RootUnavailable
-from openkcm.roots.gcp import ANSWERS, GCPRoot, open_gcp
+from openkcm.roots.gcp import ANSWERS, GCPRoot
 from openkcm.roots.gcp import session as gcp_session
 from openkcm.testing.gcp import GCPKMS, GCPKey
 from openkcm.testing.guarded import free_port
 from openkcm.testing.https import Request, Response, Server
 from support import refused
 
-CONTEXT = {"tenant": "acme"}
-SEALED = bytes(72)
 HERE = {name for name in ANSWERS if not name.isupper() and not name.islower()}
 WHOLE_CALL_SECONDS = 8.0
-
-
-@pytest.fixture(scope="module")
-def cloud() -> Iterator[GCPKMS]:
-    with GCPKMS() as cloud:
-        yield cloud
-
-
-@pytest.fixture
-def key(cloud: GCPKMS) -> Iterator[GCPKey]:
-    key = cloud.make_key("key")
-    yield key
-    key.heal()
-    cloud.login.error = None
-    cloud.login.faults.status = None
-
-
-@pytest.fixture
-def root(key: GCPKey) -> Iterator[GCPRoot]:
-    root = open_gcp(key.uri)
-    yield root
-    root.close()
-
-
-@pytest.fixture
-def wrapped(root: GCPRoot) -> bytes:
-    wrapped = root.wrap(SEALED, CONTEXT)
-    root.close()
-    return wrapped
 
 
 @contextlib.contextmanager

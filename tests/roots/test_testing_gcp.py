@@ -9,19 +9,12 @@ from typing import Any
 
 import pytest
 
+from gcp_support import CONTEXT, SEALED
+from gcp_support import cloud as cloud
 from openkcm.errors import RootDestroyed, RootDisabled
 from openkcm.roots import open_root
 from openkcm.testing.gcp import GCPKMS
 from support import refused
-
-CONTEXT = {"tenant": "acme"}
-SEALED = bytes(72)
-
-
-@pytest.fixture(scope="module")
-def cloud() -> Iterator[GCPKMS]:
-    with GCPKMS() as cloud:
-        yield cloud
 
 
 @pytest.fixture
