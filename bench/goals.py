@@ -134,7 +134,9 @@ def _large(results: Results) -> Iterator[Verdict]:
         ("columns-each", MIB, "column of 1 MiB records"),
         ("lists-each", MIB, "list of 1 MiB records"),
         ("single", MIB, "one record of 1 MiB"),
+        ("single-into", MIB, "one record of 1 MiB into a buffer"),
         ("single", LARGEST, "one record of 64 MiB"),
+        ("single-into", LARGEST, "one record of 64 MiB into a buffer"),
     ):
         times = [results.time(engine, "encrypt", size) for engine in ENGINES]
         best = min((time for time in times if time is not None), default=None)

@@ -21,6 +21,7 @@ OURS = {
     "columns-one-evp": "ours.columns:OneKeyEvp",
     "single": "ours.single:Strict",
     "single-lease": "ours.single:Leased",
+    "single-into": "ours.single:Into",
     "fallback-each": "ours.fallback:KeyEach",
     "fallback-one": "ours.fallback:OneKey",
     "loop-each": "ours.fallback:LoopKeyEach",

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from contender import LARGEST, MIB, SIZES
 
 from .base import SERVICE, TENANT, OpenKCM
 
 CALLS = 200
+OVERHEAD = 156
 LEASE_SECONDS = 3600.0
 
 
@@ -26,6 +30,25 @@ class Strict(OpenKCM):
     def decrypt(self, sealed: list[bytes]) -> list[bytes]:
         call = self.service.decrypt
         return [call(blob) for blob in sealed]
+
+
+class Into(Strict):
+    """Large records into buffers that are used again, so that the kernel need not hand out fresh pages."""
+
+    title = "OpenKCM, a call a record, into a buffer"
+    sizes = (MIB, LARGEST)
+
+    def ways(self, records: list[bytes], threads: int) -> dict[str, Callable[[], Any]]:
+        (record,) = records
+        sealed, opened = bytearray(len(record) + OVERHEAD), bytearray(len(record))
+        self.service.encrypt_into(record, sealed)
+        self.service.decrypt_into(sealed, opened)
+        self.check(records, [[bytes(opened)]])
+        blob = bytes(sealed)
+        return {
+            "encrypt": lambda: self.service.encrypt_into(record, sealed),
+            "decrypt": lambda: self.service.decrypt_into(blob, opened),
+        }
 
 
 class Leased(Strict):

@@ -29,6 +29,7 @@ from test_gateway import (  # noqa: F401
     test_subjects_under_several_versions,
     test_two_gateways_make_one_key_for_a_subject,
 )
+from test_into import test_it_is_what_encrypt_and_decrypt_do  # noqa: F401
 from test_streams import (  # noqa: F401
     test_a_kill_stops_a_running_stream,
     test_a_stored_streams_subject_can_be_shredded,

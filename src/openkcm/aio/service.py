@@ -69,6 +69,16 @@ class ServiceHandle:
                 pass  # it is large
         return await self._run(handle.decrypt, blob, context=context)
 
+    async def encrypt_into(
+        self, data: Buffer, out: Any, *, context: Context = None, subject: str | None = None
+    ) -> int:
+        """As ``openkcm.ServiceHandle.encrypt_into``."""
+        return await self._run(self._handle.encrypt_into, data, out, context=context, subject=subject)
+
+    async def decrypt_into(self, blob: Buffer, out: Any, *, context: Context = None) -> int:
+        """As ``openkcm.ServiceHandle.decrypt_into``."""
+        return await self._run(self._handle.decrypt_into, blob, out, context=context)
+
     async def encrypt_many(
         self,
         records: Sequence[Buffer],

@@ -15,35 +15,34 @@ from ..context import ABSENT, Buffer, Context, encode_context
 from ..crypto import RecordCipher, generate_keys
 from ..envelope import VERSION_OFFSET, fixed_header, payload_aad
 from ..errors import InvalidInput, LimitExceeded, OpenKCMError, SecretMemoryError
-from ..keys import KeyService, Kind, Service, WrappedKeys
+from ..keys import KeyService, Kind, Service
 from ..limits import KEY_ID_BYTES, WRAPPED_KEY_BYTES
 from ..waiting import waiting_of
 from .background import Background
 from .batches import (
     Contexts,
     Errors,
-    Groups,
     as_list,
     at_index,
     check_errors,
-    chunks,
     encode_contexts,
     first_bad_subject,
     index_of,
     length_of,
     part_of,
-    place_failures,
     settle,
     subjects_of,
 )
 from .column_opener import ColumnOpener
 from .columns import ColumnSealer
+from .into import write_row
 from .keystore import KeyStore
 from .leases import Leases
 from .opener import Opener
 from .overlap import Overlap
 from .policy import DataKeyPolicy, PoolPolicy
 from .pool import Pool, SharedKeys
+from .rewrapper import Rewrapper
 from .running import RunningStreams
 from .sharing import HeldKeys
 from .streams import Reader, Writer
@@ -77,6 +76,7 @@ class ServiceHandle:
         self._inline = _cipher(Kind.INLINE, service, WRAPPED_KEY_BYTES)
         self._stored = _cipher(Kind.STORED, service, KEY_ID_BYTES)
         self._opener = Opener(service, self._leases, self._subjects, self._inline, self._stored)
+        self._rewrapper = Rewrapper(core, service, self._subjects)
         waiting = waiting_of(core)
         self._overlap = Overlap(core)
         self._seal_one = waiting.heavy(self._inline.seal_one, 5)
@@ -168,6 +168,36 @@ class ServiceHandle:
             error.index = None
             raise
 
+    def encrypt_into(
+        self, data: Buffer, out: Any, *, context: Context = None, subject: str | None = None
+    ) -> int:
+        """Encrypt one record into a buffer, as ``encrypt`` does into a new object each time: for large ones.
+
+        Args:
+            out: a writable buffer, at least 156 bytes longer than ``data`` (100 with a subject), and apart from it.
+
+        Returns:
+            how many bytes were written, from the first one on.
+
+        Raises:
+            as ``encrypt``; ``out`` is as it was where it does not fit, and zeroed where the key fails.
+        """
+        return write_row(self.encrypt_column, data, out, context=context, subject=subject)
+
+    def decrypt_into(self, blob: Buffer, out: Any, *, context: Context = None) -> int:
+        """Decrypt one record into a buffer, which its owner can zero, as he cannot zero bytes.
+
+        Args:
+            out: a writable buffer of at least the plaintext's size, and apart from ``blob``.
+
+        Returns:
+            how many bytes were written, from the first one on.
+
+        Raises:
+            as ``decrypt``; no byte of what does not verify is left in ``out``.
+        """
+        return write_row(self.decrypt_column, blob, out, context=context)
+
     # ---- many records --------------------------------------------------------------------------------
 
     def encrypt_many(
@@ -244,11 +274,7 @@ class ServiceHandle:
             as ``decrypt``. The payload is not opened, so an altered payload is not noticed here.
         """
         in_place = check_errors(errors)
-        items = as_list(blobs)
-        results: list[Any] = []
-        for start, stop in chunks(items):
-            results += self._rewrap_chunk(items[start:stop], start)
-        return settle(results, in_place)
+        return settle(self._rewrapper.rewrap(as_list(blobs)), in_place)
 
     # ---- columns -------------------------------------------------------------------------------------
 
@@ -438,32 +464,6 @@ class ServiceHandle:
                     raise
                 results.append(at_index(error, at))
         return results
-
-    # ---- rewrapping, inside --------------------------------------------------------------------------
-
-    def _rewrap_chunk(self, blobs: list[Any], start: int) -> list[Any]:
-        groups = Groups(blobs, self._service.service_id)
-        for version, positions in groups.inline.items():
-            packed = b"".join([groups.data_keys[at] for at in positions])
-            moved, failures = self._core.rewrap_keys(self._service, WrappedKeys(Kind.INLINE, version, packed))
-            head = fixed_header(Kind.INLINE, self._service.service_id, moved.version)
-            for local in place_failures(groups.outcomes, positions, failures):
-                key = moved.wrapped[local * WRAPPED_KEY_BYTES : (local + 1) * WRAPPED_KEY_BYTES]
-                blob = blobs[positions[local]]
-                groups.outcomes[positions[local]] = head + key + bytes(blob)[len(head) + len(key) :]
-        if groups.stored:
-            self._rewrap_stored(groups, blobs)
-        for outcome in groups.outcomes:
-            if isinstance(outcome, OpenKCMError) and outcome.index is not None:
-                outcome.index += start
-        return groups.outcomes
-
-    def _rewrap_stored(self, groups: Groups, blobs: list[Any]) -> None:
-        ids = list(dict.fromkeys(groups.data_keys[at] for at in groups.stored))
-        errors = dict(zip(ids, self._subjects.rewrap_ids(ids), strict=True))
-        for at in groups.stored:
-            error = errors[groups.data_keys[at]]
-            groups.outcomes[at] = bytes(blobs[at]) if error is None else at_index(error, at)
 
     # ---- what the Gateway tells ----------------------------------------------------------------------
 
