@@ -101,9 +101,17 @@ static inline int okc_is_utf8(const uint8_t *data, size_t size)
 OKC_MEASURE(okc_measure32, int32_t, uint32_t)
 OKC_MEASURE(okc_measure64, int64_t, uint64_t)
 
-/* Write where each row's result ends: `place` and the row's bytes and `more` for each row up to it; the last of them, or -1
- * where a row has fewer bytes than a negative `more` takes away. What has changed since it was measured counts as nothing: a
- * row's size is looked at again when it is worked on. */
+/* Where a row's result ends that begins at `place`, with `more` bytes than the row; -1 where the row has fewer than a
+ * negative `more` takes away, or all have more than can be counted. */
+static inline int64_t okc_after_row(int64_t place, int64_t bytes, int64_t more)
+{
+    if (bytes < (more < 0 ? -more : 0) || bytes > INT64_MAX - (more > 0 ? more : 0) - place)
+        return -1;
+    return place + bytes + more;
+}
+
+/* Write where each row's result ends: `place` and the row's bytes and `more` for each row up to it; the last of them, or -1.
+ * What has changed since it was measured counts as nothing: a row's size is looked at again when it is worked on. */
 #define OKC_LAY(name, type, placed)                                                                             \
     static inline int64_t name(const type *offsets, int64_t count, int64_t size, int64_t more, int64_t place,    \
                                placed *ends)                                                                    \
@@ -112,9 +120,9 @@ OKC_MEASURE(okc_measure64, int64_t, uint64_t)
         for (int64_t at = 1; at <= count; at++) {                                                               \
             const int64_t end = offsets[at];                                                                    \
             if (begin >= 0 && end >= begin && (size < 0 || end <= size)) {                                      \
-                if (end - begin + more < 0)                                                                     \
+                place = okc_after_row(place, end - begin, more);                                                \
+                if (place < 0)                                                                                  \
                     return -1;                                                                                  \
-                place += end - begin + more;                                                                    \
             }                                                                                                   \
             ends[at - 1] = (placed)place;                                                                       \
             begin = end;                                                                                        \

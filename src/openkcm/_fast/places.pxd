@@ -8,6 +8,7 @@ cdef extern from "column.h" nogil:
     void okc_prefetch(const void *place)
     uint64_t okc_hash(const uint8_t *data, size_t size, const uint64_t *seed)
     bint okc_is_utf8(const uint8_t *data, size_t size)
+    int64_t okc_after_row(int64_t place, int64_t bytes, int64_t more)
     int64_t okc_lay32_32(const int32_t *offsets, int64_t count, int64_t size, int64_t more, int64_t place, int32_t *ends)
     int64_t okc_lay32_64(const int32_t *offsets, int64_t count, int64_t size, int64_t more, int64_t place, int64_t *ends)
     int64_t okc_lay64_32(const int64_t *offsets, int64_t count, int64_t size, int64_t more, int64_t place, int32_t *ends)

@@ -61,7 +61,8 @@ cdef class Places:
 
     def lay_sealed(self, Cells cells not None, RecordCipher cipher not None):
         """Give every row its own bytes and the cipher's overhead."""
-        self.lay(cells, cipher.overhead())
+        if not self.lay(cells, cipher.overhead()):
+            raise invalid_error()("a buffer of the column was changed while it was read")
 
     def lay_alike(self, Cells cells not None, RecordCipher first not None, RecordCipher second not None):
         """Give every record its plaintext's bytes as if all were of one cipher, which the first row alone is asked for.
@@ -99,11 +100,10 @@ cdef class Places:
                 else:
                     for at in range(first, cells.firsts[number + 1]):
                         status = piece_cell(cells.pieces + number, at - first, &data, &size)
-                        if status == FOUND and size + more < 0:
-                            place = -1
-                            break
                         if status == FOUND:
-                            place += size + more
+                            place = okc_after_row(place, size, more)
+                            if place < 0:
+                                break
                         elif bits != NULL:
                             bits[at >> 3] &= <uint8_t>~(1 << (at & 7))
                         self.put(at + 1, place)

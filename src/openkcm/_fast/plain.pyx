@@ -89,8 +89,10 @@ cdef Py_ssize_t seal_plain(RecordCipher cipher, Gcm *context, Run *run, Places p
     while at < stop:
         end = offset_at(&rows, at + 1)
         after = offset_at(&ends, at + 1)
+        if begin < 0 or end < begin or (limit >= 0 and end > limit):
+            break
         size = end - begin
-        if begin < 0 or not 0 <= size <= SMALL or (limit >= 0 and end > limit) or after - place != size + more:
+        if size > SMALL or after - place != size + more:
             break
         nonce = run_nonce(run)
         if nonce == NULL:
@@ -133,8 +135,10 @@ cdef Py_ssize_t open_plain(RecordCipher cipher, Gcm *context, Run *run, Places p
     while at < stop:
         end = offset_at(&rows, at + 1)
         after = offset_at(&ends, at + 1)
+        if begin < 0 or end < begin or (limit >= 0 and end > limit):
+            break
         size = end - begin - more
-        if begin < 0 or not 0 <= size <= SMALL or (limit >= 0 and end > limit) or after - place != size:
+        if not 0 <= size <= SMALL or after - place != size:
             break
         row = data + begin
         if not (okc_same(row, before, ENVELOPE) if alike == ENVELOPE else okc_same(row, before, alike)):
@@ -177,8 +181,10 @@ cdef Py_ssize_t seal_each(RecordCipher cipher, Gcm *context, Run *run, Places pl
     while at < stop:
         end = offset_at(&rows, at + 1)
         after = offset_at(&ends, at + 1)
+        if begin < 0 or end < begin or (limit >= 0 and end > limit):
+            break
         size = end - begin
-        if begin < 0 or not 0 <= size <= SMALL or (limit >= 0 and end > limit) or after - place != size + more:
+        if size > SMALL or after - place != size + more:
             break
         nonce = run_nonce(run)
         if nonce == NULL:
@@ -217,8 +223,10 @@ cdef Py_ssize_t gather_plain(RecordCipher cipher, Cells cells, Py_ssize_t piece,
     begin = offset_at(&rows, start)
     while at < stop:
         end = offset_at(&rows, at + 1)
+        if begin < 0 or end < begin or (limit >= 0 and end > limit):
+            break
         size = end - begin - more
-        if (begin < 0 or not 0 <= size <= SMALL or (limit >= 0 and end > limit)
+        if (not 0 <= size <= SMALL
                 or not okc_same(data + begin, before - (ENVELOPE - WRAPPED), ENVELOPE - WRAPPED)):
             break
         if not okc_same(data + begin + ENVELOPE - WRAPPED, before, WRAPPED):
@@ -261,9 +269,11 @@ cdef Py_ssize_t open_each(RecordCipher cipher, Gcm *context, Run *run, Places pl
     while at < stop:
         end = offset_at(&rows, at + 1)
         after = offset_at(&ends, at + 1)
+        if begin < 0 or end < begin or (limit >= 0 and end > limit):
+            break
         size = end - begin - more
         row = data + begin
-        if (begin < 0 or not 0 <= size <= SMALL or (limit >= 0 and end > limit) or after - place != size
+        if (not 0 <= size <= SMALL or after - place != size
                 or not okc_same(row, last, ENVELOPE - WRAPPED)):
             break
         key = NULL

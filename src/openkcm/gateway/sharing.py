@@ -27,6 +27,9 @@ RUN_BYTES: Final = 16 * 1024 * 1024
 SHARES: Final = 4
 """Runs a thread of a short column, so that one that was held up does not keep the others waiting."""
 
+LAST_RUNS: Final = 8
+"""Into how many parts the last runs are cut, at most, so that all threads end at about the same time."""
+
 _TRIES: Final = 8
 
 Work = Callable[[int, int], None]
@@ -49,17 +52,19 @@ def share(places: Places, rows: int, threads: int, work: Work, waiting: Waiting)
             start = stop
         return
     rows = min(rows, -(-places.count // (SHARES * threads)))
-    runs = _Runs(places, rows, work)
-    waiting.together(min(threads, -(-places.count // rows)), runs.work)
+    threads = min(threads, -(-places.count // rows))
+    runs = _Runs(places, rows, threads, work)
+    waiting.together(threads, runs.work)
     runs.settle()
 
 
 class _Runs:
     """What is left to hand out, and what went wrong."""
 
-    def __init__(self, places: Places, rows: int, work: Work) -> None:
+    def __init__(self, places: Places, rows: int, threads: int, work: Work) -> None:
         self._places = places
         self._rows = rows
+        self._threads = threads
         self._work = work
         self._lock = threading.Lock()
         self._next = 0
@@ -83,7 +88,9 @@ class _Runs:
             start = self._next
             if self._failed or start >= self._places.count:
                 return None
-            self._next = stop = self._places.stop_for(start, self._rows, RUN_BYTES)
+            share = -(-(self._places.count - start) // self._threads)
+            rows = min(self._rows, max(share, self._rows // LAST_RUNS))
+            self._next = stop = self._places.stop_for(start, rows, RUN_BYTES)
             return start, stop
 
     def stop(self) -> None:
