@@ -227,7 +227,7 @@ def test_a_column_whose_helpers_were_ended_is_no_column(begun: bool) -> None:
         loop.apart_to_the_end(held)
 
     async def main() -> None:
-        task = asyncio.create_task(loop.run(waiting.together, 3, work, "test"))
+        task = asyncio.create_task(loop.run(waiting.together, 3, work))
         await asyncio.sleep(0)
         if begun:
             for _ in range(3):
