@@ -28,6 +28,12 @@ cdef struct Offsets:
     const int32_t *narrow
     const int64_t *wide
 
+cdef struct Walk:
+    # A way through the plain rows of one piece, and through their places: where the row at hand begins and ends.
+    Offsets rows, places
+    const uint8_t *data
+    Py_ssize_t limit, begin, end, place, after
+
 
 cdef inline bint is_envelope(RecordCipher cipher) noexcept nogil:
     """Whether the layout is that of an inline envelope, whose sizes the compiler then knows."""
@@ -43,61 +49,75 @@ cdef inline void set_offsets(Offsets *offsets, const uint8_t *places, int width)
     offsets.wide = <const int64_t *>places
 
 
-cdef inline bint find_plain(const Piece *pieces, const Py_ssize_t *firsts, Py_ssize_t piece, Py_ssize_t start,
-                            Py_ssize_t *stop, Offsets *rows) noexcept nogil:
+cdef inline bint walk_rows(Walk *walk, const Piece *pieces, const Py_ssize_t *firsts, Py_ssize_t number, Py_ssize_t start,
+                           Py_ssize_t *stop) noexcept nogil:
     """Whether the rows from ``start`` on are plain; ``stop`` is moved to the end of their piece."""
-    cdef Py_ssize_t first = firsts[piece]
-    if start >= stop[0] or not first <= start < firsts[piece + 1] or not piece_is_plain(pieces + piece):
+    cdef const Piece *piece = pieces + number
+    cdef Py_ssize_t first = firsts[number]
+    if start >= stop[0] or not first <= start < firsts[number + 1] or not piece_is_plain(piece):
         return False
-    if stop[0] > firsts[piece + 1]:
-        stop[0] = firsts[piece + 1]
+    if stop[0] > firsts[number + 1]:
+        stop[0] = firsts[number + 1]
     # Read by the row's number in the column.
-    set_offsets(rows, pieces[piece].places + (pieces[piece].start - first) * pieces[piece].width, pieces[piece].width)
+    set_offsets(&walk.rows, piece.places + (piece.start - first) * piece.width, piece.width)
+    walk.data, walk.limit = piece.data, piece.size
+    walk.begin = offset_at(&walk.rows, start)
     return True
 
 
-cdef inline bint begin_plain(Run *run, Places places, Py_ssize_t start, Py_ssize_t *stop, Offsets *rows,
-                             Offsets *ends) noexcept nogil:
+cdef inline bint walk_run(Walk *walk, Run *run, Places places, Py_ssize_t start, Py_ssize_t *stop) noexcept nogil:
     """The same of rows whose associated data is that of the row before, with where they go."""
-    if run.context_pieces != NULL or run.aad == NULL or not find_plain(run.pieces, run.firsts, run.piece, start, stop, rows):
+    if (run.context_pieces != NULL or run.aad == NULL
+            or not walk_rows(walk, run.pieces, run.firsts, run.piece, start, stop)):
         return False
-    set_offsets(ends, places.offsets.data, places.width)
+    set_offsets(&walk.places, places.offsets.data, places.width)
+    walk.place = offset_at(&walk.places, start)
     return True
 
+
+cdef inline Py_ssize_t walk_size(Walk *walk, Py_ssize_t at) noexcept nogil:
+    """The bytes of row ``at``, or -1 where its offsets say none."""
+    walk.end = offset_at(&walk.rows, at + 1)
+    if walk.begin < 0 or walk.end < walk.begin or (walk.limit >= 0 and walk.end > walk.limit):
+        return -1
+    return walk.end - walk.begin
+
+
+cdef inline bint walk_fits(Walk *walk, Py_ssize_t at, Py_ssize_t size) noexcept nogil:
+    """Whether the place of row ``at`` has so many bytes."""
+    walk.after = offset_at(&walk.places, at + 1)
+    return walk.after - walk.place == size
+
+
+cdef inline void walk_on(Walk *walk) noexcept nogil:
+    walk.begin, walk.place = walk.end, walk.after
+
+
+# ---- under the key that is set -------------------------------------------------------------------------------
 
 cdef Py_ssize_t seal_plain(RecordCipher cipher, Gcm *context, Run *run, Places places, Py_ssize_t start,
                            Py_ssize_t stop, uint32_t version, const uint8_t *middle) noexcept nogil:
     """Seal rows from ``start`` on under the key that is set; the row at which it ends, or BROKEN."""
-    cdef Offsets rows
-    cdef Offsets ends
+    cdef Walk walk
     cdef uint8_t head[LONG]
     cdef uint8_t *output
     cdef uint8_t *target = places.target
     cdef const uint8_t *nonce
     cdef const uint8_t *aad = run.aad
-    cdef const uint8_t *data
     cdef int body = cipher.body, aad_size = run.aad_size
-    cdef Py_ssize_t at = start, begin, end, size, limit, place, after, more = cipher.overhead()
+    cdef Py_ssize_t at = start, size, more = cipher.overhead()
     # A record has COMMITMENT and TAG behind its body, so that a copy of more than the body stays within it.
-    if not (body <= SHORT or LONG - COMMITMENT <= body <= LONG) or not begin_plain(run, places, start, &stop, &rows, &ends):
+    if not (body <= SHORT or LONG - COMMITMENT <= body <= LONG) or not walk_run(&walk, run, places, start, &stop):
         return start
     cipher.put_head(head, run.nonces, version, middle)
-    data = run.pieces[run.piece].data
-    limit = run.pieces[run.piece].size
-    begin = offset_at(&rows, start)
-    place = offset_at(&ends, start)
     while at < stop:
-        end = offset_at(&rows, at + 1)
-        after = offset_at(&ends, at + 1)
-        if begin < 0 or end < begin or (limit >= 0 and end > limit):
-            break
-        size = end - begin
-        if size > SMALL or after - place != size + more:
+        size = walk_size(&walk, at)
+        if not 0 <= size <= SMALL or not walk_fits(&walk, at, size + more):
             break
         nonce = run_nonce(run)
         if nonce == NULL:
             return BROKEN
-        output = target + place
+        output = target + walk.place
         if body <= SHORT:
             memcpy(output, head, SHORT)
         else:
@@ -105,11 +125,11 @@ cdef Py_ssize_t seal_plain(RecordCipher cipher, Gcm *context, Run *run, Places p
         output += body
         memcpy(output - NONCE, nonce, NONCE)
         memset(output, 0, COMMITMENT)
-        okc_copy(output + COMMITMENT, data + begin, <size_t>size)
+        okc_copy(output + COMMITMENT, walk.data + walk.begin, <size_t>size)
         if gcm_seal_kept(context, nonce, aad, aad_size, output, output, <int>(COMMITMENT + size),
                          output + COMMITMENT + size) != DONE:
             return BROKEN
-        begin, place = end, after
+        walk_on(&walk)
         at += 1
     return at
 
@@ -117,38 +137,28 @@ cdef Py_ssize_t seal_plain(RecordCipher cipher, Gcm *context, Run *run, Places p
 cdef Py_ssize_t open_plain(RecordCipher cipher, Gcm *context, Run *run, Places places, Py_ssize_t start,
                            Py_ssize_t stop, const uint8_t *before, uint8_t *scratch) noexcept nogil:
     """Open rows from ``start`` on that begin as the row before does, under the key that is set; where it ends."""
-    cdef Offsets rows
-    cdef Offsets ends
+    cdef Walk walk
     cdef uint8_t *target = places.target
     cdef const uint8_t *aad = run.aad
-    cdef const uint8_t *data
     cdef const uint8_t *row
     cdef int body = cipher.body, aad_size = run.aad_size
     cdef size_t alike = <size_t>(body - NONCE)
-    cdef Py_ssize_t at = start, begin, end, size, limit, place, after, more = cipher.overhead()
-    if not begin_plain(run, places, start, &stop, &rows, &ends):
+    cdef Py_ssize_t at = start, size, more = cipher.overhead()
+    if not walk_run(&walk, run, places, start, &stop):
         return start
-    data = run.pieces[run.piece].data
-    limit = run.pieces[run.piece].size
-    begin = offset_at(&rows, start)
-    place = offset_at(&ends, start)
     while at < stop:
-        end = offset_at(&rows, at + 1)
-        after = offset_at(&ends, at + 1)
-        if begin < 0 or end < begin or (limit >= 0 and end > limit):
+        size = walk_size(&walk, at) - more
+        if not 0 <= size <= SMALL or not walk_fits(&walk, at, size):
             break
-        size = end - begin - more
-        if not 0 <= size <= SMALL or after - place != size:
-            break
-        row = data + begin
+        row = walk.data + walk.begin
         if not (okc_same(row, before, ENVELOPE) if alike == ENVELOPE else okc_same(row, before, alike)):
             break
         row += body
         if gcm_open_kept(context, row - NONCE, aad, aad_size, scratch, row, <int>(COMMITMENT + size),
                          row + COMMITMENT + size) != DONE or not okc_is_zero32(scratch):
             break
-        okc_copy(target + place, scratch + COMMITMENT, <size_t>size)
-        begin, place = end, after
+        okc_copy(target + walk.place, scratch + COMMITMENT, <size_t>size)
+        walk_on(&walk)
         at += 1
     return at
 
@@ -159,49 +169,39 @@ cdef Py_ssize_t seal_each(RecordCipher cipher, Gcm *context, Run *run, Places pl
                           uint32_t version, const uint8_t *keys, const uint8_t *middles,
                           Py_ssize_t count) noexcept nogil:
     """Seal as many rows from ``start`` on as there are keys, each under the next; the row at which it ends, or BROKEN."""
-    cdef Offsets rows
-    cdef Offsets ends
+    cdef Walk walk
     cdef uint8_t head[LONG]
     cdef uint8_t *output
     cdef uint8_t *target = places.target
     cdef const uint8_t *nonce
     cdef const uint8_t *aad = run.aad
-    cdef const uint8_t *data
     cdef int aad_size = run.aad_size
-    cdef Py_ssize_t at = start, begin, end, size, limit, place, after, more = cipher.overhead()
+    cdef Py_ssize_t at = start, size, more = cipher.overhead()
     if count < stop - start:
         stop = start + count
-    if not is_envelope(cipher) or cipher.bound or not begin_plain(run, places, start, &stop, &rows, &ends):
+    if not is_envelope(cipher) or cipher.bound or not walk_run(&walk, run, places, start, &stop):
         return start
     cipher.put_head(head, run.nonces, version, middles)
-    data = run.pieces[run.piece].data
-    limit = run.pieces[run.piece].size
-    begin = offset_at(&rows, start)
-    place = offset_at(&ends, start)
     while at < stop:
-        end = offset_at(&rows, at + 1)
-        after = offset_at(&ends, at + 1)
-        if begin < 0 or end < begin or (limit >= 0 and end > limit):
-            break
-        size = end - begin
-        if size > SMALL or after - place != size + more:
+        size = walk_size(&walk, at)
+        if not 0 <= size <= SMALL or not walk_fits(&walk, at, size + more):
             break
         nonce = run_nonce(run)
         if nonce == NULL:
             return BROKEN
-        output = target + place
+        output = target + walk.place
         memcpy(output, head, ENVELOPE - WRAPPED)
         memcpy(output + ENVELOPE - WRAPPED, middles, WRAPPED)
         memcpy(output + ENVELOPE, nonce, NONCE)
         output += ENVELOPE + NONCE
         memset(output, 0, COMMITMENT)
-        okc_copy(output + COMMITMENT, data + begin, <size_t>size)
+        okc_copy(output + COMMITMENT, walk.data + walk.begin, <size_t>size)
         if gcm_seal(context, keys, nonce, aad, aad_size, output, output, <int>(COMMITMENT + size),
                     output + COMMITMENT + size) != DONE:
             return BROKEN
         keys += KEY
         middles += WRAPPED
-        begin, place = end, after
+        walk_on(&walk)
         at += 1
     return at
 
@@ -212,30 +212,26 @@ cdef Py_ssize_t gather_plain(RecordCipher cipher, Cells cells, Py_ssize_t piece,
 
     ``last`` is that row's middle, and that of the row at which it ends.
     """
-    cdef Offsets rows
-    cdef const uint8_t *data
+    cdef Walk walk
+    cdef const uint8_t *middle
     cdef const uint8_t *before = last[0]
-    cdef Py_ssize_t at = start, begin, end, size, limit, found = count[0], more = cipher.overhead()
-    if not is_envelope(cipher) or not find_plain(cells.pieces, cells.firsts, piece, start, &stop, &rows):
+    cdef Py_ssize_t at = start, size, found = count[0], more = cipher.overhead()
+    if not is_envelope(cipher) or not walk_rows(&walk, cells.pieces, cells.firsts, piece, start, &stop):
         return start
-    data = cells.pieces[piece].data
-    limit = cells.pieces[piece].size
-    begin = offset_at(&rows, start)
     while at < stop:
-        end = offset_at(&rows, at + 1)
-        if begin < 0 or end < begin or (limit >= 0 and end > limit):
+        size = walk_size(&walk, at) - more
+        if not 0 <= size <= SMALL:
             break
-        size = end - begin - more
-        if (not 0 <= size <= SMALL
-                or not okc_same(data + begin, before - (ENVELOPE - WRAPPED), ENVELOPE - WRAPPED)):
+        middle = walk.data + walk.begin + ENVELOPE - WRAPPED
+        if not okc_same(middle - (ENVELOPE - WRAPPED), before - (ENVELOPE - WRAPPED), ENVELOPE - WRAPPED):
             break
-        if not okc_same(data + begin + ENVELOPE - WRAPPED, before, WRAPPED):
+        if not okc_same(middle, before, WRAPPED):
             if found == most:
                 break
-            memcpy(target + found * WRAPPED, data + begin + ENVELOPE - WRAPPED, WRAPPED)
+            memcpy(target + found * WRAPPED, middle, WRAPPED)
             found += 1
-        before = data + begin + ENVELOPE - WRAPPED
-        begin = end
+        before = middle
+        walk.begin = walk.end
         at += 1
     last[0] = before
     count[0] = found
@@ -250,31 +246,22 @@ cdef Py_ssize_t open_each(RecordCipher cipher, Gcm *context, Run *run, Places pl
     A row whose middle is another than that of the one before has the key behind the one that is set, which is
     ``number`` of ``count``. Both are those of the last row that was opened.
     """
-    cdef Offsets rows
-    cdef Offsets ends
+    cdef Walk walk
     cdef uint8_t *target = places.target
     cdef const uint8_t *aad = run.aad
-    cdef const uint8_t *data
     cdef const uint8_t *row
     cdef const uint8_t *last = before[0]
     cdef const uint8_t *key
     cdef int aad_size = run.aad_size
-    cdef Py_ssize_t at = start, begin, end, size, limit, place, after, keyed = number[0], more = cipher.overhead()
-    if not is_envelope(cipher) or cipher.bound or not begin_plain(run, places, start, &stop, &rows, &ends):
+    cdef Py_ssize_t at = start, size, keyed = number[0], more = cipher.overhead()
+    if not is_envelope(cipher) or cipher.bound or not walk_run(&walk, run, places, start, &stop):
         return start
-    data = run.pieces[run.piece].data
-    limit = run.pieces[run.piece].size
-    begin = offset_at(&rows, start)
-    place = offset_at(&ends, start)
     while at < stop:
-        end = offset_at(&rows, at + 1)
-        after = offset_at(&ends, at + 1)
-        if begin < 0 or end < begin or (limit >= 0 and end > limit):
+        size = walk_size(&walk, at) - more
+        if not 0 <= size <= SMALL or not walk_fits(&walk, at, size):
             break
-        size = end - begin - more
-        row = data + begin
-        if (not 0 <= size <= SMALL or after - place != size
-                or not okc_same(row, last, ENVELOPE - WRAPPED)):
+        row = walk.data + walk.begin
+        if not okc_same(row, last, ENVELOPE - WRAPPED):
             break
         key = NULL
         if not okc_same(row + ENVELOPE - WRAPPED, last + ENVELOPE - WRAPPED, WRAPPED):
@@ -284,11 +271,11 @@ cdef Py_ssize_t open_each(RecordCipher cipher, Gcm *context, Run *run, Places pl
         if gcm_open(context, key, row + ENVELOPE, aad, aad_size, scratch, row + ENVELOPE + NONCE, <int>(COMMITMENT + size),
                     row + ENVELOPE + NONCE + COMMITMENT + size) != DONE or not okc_is_zero32(scratch):
             break
-        okc_copy(target + place, scratch + COMMITMENT, <size_t>size)
+        okc_copy(target + walk.place, scratch + COMMITMENT, <size_t>size)
         if key != NULL:
             keyed += 1
         last = row
-        begin, place = end, after
+        walk_on(&walk)
         at += 1
     before[0] = last
     number[0] = keyed
