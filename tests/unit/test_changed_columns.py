@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import openkcm
 from openkcm import crypto
 from openkcm.errors import FormatError, InvalidInput
 from openkcm.gateway import ServiceHandle, columns
-from support import refused
+from support import ON_FAST, refused, run_python
 
 ROWS = 40
 TEXT = b"x" * 24
@@ -172,6 +173,77 @@ def test_offsets_of_32_bits_do_not_overflow(service: ServiceHandle) -> None:
     found, _ = service.decrypt_column(pa.DictionaryArray.from_arrays(codes, pa.array(blobs)), errors="null")
     assert found.type == pa.large_binary()
     assert found[32].as_py() == b"small"
+
+
+# ---- bytes that change while they are deciphered ------------------------------------------------------------
+
+FLIPPED = """
+import sys, threading, time
+from pathlib import Path
+import numpy as np
+from support import open_service
+
+ROWS = 100
+
+
+def look(service, size):
+    text, ended = bytes(size), threading.Event()
+    sealed = np.frombuffer(bytearray(b"".join(service.encrypt_many([text] * ROWS))), np.uint8)
+    width = len(sealed) // ROWS
+    mask = np.zeros_like(sealed)
+    mask[width - 16 - size // 2 :: width] = 1  # a bit in the middle of each ciphertext
+
+    def flip():
+        while not ended.is_set():
+            np.bitwise_xor(sealed, mask, out=sealed)
+
+    thread = threading.Thread(target=flip)
+    thread.start()
+    end = time.monotonic() + 1.5
+    while time.monotonic() < end:
+        opened, _ = service.decrypt_column((np.arange(ROWS + 1) * width, sealed), errors="null")
+        if not set(opened) <= {None, text}:
+            print(f"of {size} bytes some came out that did not verify")
+            break
+    ended.set()
+    thread.join()
+
+
+sys.setswitchinterval(1e-5)
+with open_service(Path(sys.argv[1])) as service:
+    for size in (64, 2000, 50_000):
+        look(service, size)
+"""
+
+
+@pytest.mark.skipif(not ON_FAST, reason="the Python backend's cipher is given copies, as the next test sees")
+@pytest.mark.parametrize("settings", [{"OPENKCM_AES": "evp"}, {}], ids=["evp", "default"])
+def test_what_changes_as_it_is_deciphered_does_not_come_out(settings: dict[str, str], tmp_path: Path) -> None:
+    """OpenSSL reads a ciphertext twice: for its tag, and for its plaintext."""
+    assert not run_python(FLIPPED, str(tmp_path), **settings).stdout
+
+
+@pytest.mark.skipif(ON_FAST, reason="nothing can stand in for the native backend's cipher")
+def test_a_cipher_is_given_copies(service: ServiceHandle, monkeypatch: pytest.MonkeyPatch) -> None:
+    from openkcm.crypto import pure_records
+
+    given: list[type] = []
+    real = pure_records.AESGCM
+
+    class Noted:
+        def __init__(self, key: bytes) -> None:
+            self.real = real(key)
+
+        def decrypt(self, nonce: Any, data: Any, aad: Any) -> bytes:
+            given.append(type(data))
+            return self.real.decrypt(nonce, data, aad)
+
+    for subject in (None, "ann"):
+        column, _, _ = envelopes(service, subject)
+        with monkeypatch.context() as patch:
+            patch.setattr(pure_records, "AESGCM", Noted)
+            service.decrypt_column(column)
+    assert set(given) == {bytes}
 
 
 # ---- what is read -------------------------------------------------------------------------------------

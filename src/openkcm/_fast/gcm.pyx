@@ -48,6 +48,7 @@ cdef extern from "engine.h" nogil:
 cdef enum:
     TAG = 16
     BRIEF_BYTES = 512               # up to here a key for one record is set the cheaper way
+    COPIED = 16384                  # ciphertext that EVP is given at a time to decrypt, which the processor still has near
 
 cdef Libcrypto lib = okc_linked
 cdef EVP_CIPHER *aes_256_gcm = NULL
@@ -133,7 +134,7 @@ cdef int gcm_seal(Gcm *cipher, const uint8_t *key, const uint8_t *nonce, const u
         cipher.method.enc(cipher.schedule, cipher.state, output, data, <uint64_t>size, nonce, aad,
                           <uint64_t>aad_size, tag, TAG)
         return 1
-    if gcm_start(cipher, key, nonce, aad, aad_size) != 1 or gcm_part(cipher, output, data, size) != 1:
+    if gcm_start(cipher, key, nonce, aad, aad_size) != 1 or evp_seal_part(cipher, output, data, size) != 1:
         return -1
     return gcm_seal_end(cipher, tag)
 
@@ -148,7 +149,7 @@ cdef int gcm_open(Gcm *cipher, const uint8_t *key, const uint8_t *nonce, const u
         cipher.method.dec(cipher.schedule, cipher.state, output, data, <uint64_t>size, nonce, aad,
                           <uint64_t>aad_size, computed, TAG)
         return okc_same_tag(computed, tag)
-    if gcm_start(cipher, key, nonce, aad, aad_size) != 1 or gcm_part(cipher, output, data, size) != 1:
+    if gcm_start(cipher, key, nonce, aad, aad_size) != 1 or evp_open_part(cipher, output, data, size) != 1:
         return -1
     return gcm_open_end(cipher, tag)
 
@@ -175,18 +176,41 @@ cdef int gcm_start(Gcm *cipher, const uint8_t *key, const uint8_t *nonce, const 
 
 
 cdef int gcm_part(Gcm *cipher, uint8_t *output, const uint8_t *data, int size) noexcept nogil:
-    cdef int written
+    if cipher.evp != NULL:
+        if cipher.encrypt:
+            return evp_seal_part(cipher, output, data, size)
+        return evp_open_part(cipher, output, data, size)
     if size == 0:
         return 1
-    if cipher.evp == NULL:
-        if cipher.encrypt:
-            cipher.method.enc_update(cipher.schedule, cipher.state, output, data, <uint64_t>size)
-        else:
-            cipher.method.dec_update(cipher.schedule, cipher.state, output, data, <uint64_t>size)
-        return 1
     if cipher.encrypt:
-        return 1 if lib.EVP_EncryptUpdate(cipher.evp, output, &written, data, size) == 1 else -1
-    return 1 if lib.EVP_DecryptUpdate(cipher.evp, output, &written, data, size) == 1 else -1
+        cipher.method.enc_update(cipher.schedule, cipher.state, output, data, <uint64_t>size)
+    else:
+        cipher.method.dec_update(cipher.schedule, cipher.state, output, data, <uint64_t>size)
+    return 1
+
+
+cdef inline int evp_seal_part(Gcm *cipher, uint8_t *output, const uint8_t *data, int size) noexcept nogil:
+    cdef int written
+    return 1 if size == 0 or lib.EVP_EncryptUpdate(cipher.evp, output, &written, data, size) == 1 else -1
+
+
+cdef int evp_open_part(Gcm *cipher, uint8_t *output, const uint8_t *data, int size) noexcept nogil:
+    """Decrypt by EVP, which may read a ciphertext twice: for the tag, and for the plaintext.
+
+    What lies in a caller's buffer may be changed in between, and then something would come out that did not verify. So
+    it is read once, to where the plaintext goes. libIPSec_MB reads each block once itself.
+    """
+    cdef int written, step
+    while size > 0:
+        step = size if size < COPIED else COPIED
+        if output != data:
+            okc_copy(output, data, <size_t>step)
+        if lib.EVP_DecryptUpdate(cipher.evp, output, &written, output, step) != 1:
+            return -1
+        output += step
+        data += step
+        size -= step
+    return 1
 
 
 cdef int gcm_seal_end(Gcm *cipher, uint8_t *tag) noexcept nogil:

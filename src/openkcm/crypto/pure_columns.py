@@ -236,7 +236,8 @@ def _open(
     places: Places,
 ) -> Refused:
     """Open rows under the key at each one's position; those that did not verify."""
-    blobs = [rows[at] for at in owners]
+    # Copies: a cipher may read a ciphertext twice, and what lies in a caller's buffer may be changed in between.
+    blobs = [bytes(rows[at]) for at in owners]
     bound = _contexts_of(contexts, list(owners))
     opened, _ = cipher.open_many(keys, list(owners.values()), bound, blobs, True)
     refused: Refused = []
