@@ -7,7 +7,6 @@ never held across a call, so that whoever waits otherwise (``openkcm.aio``) can 
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import ssl
 import threading
@@ -159,13 +158,7 @@ class Threads:
 
     def together(self, count: int, work: Callable[[], None]) -> None:
         """As ``Waiting``; fewer times where no more threads are to be had."""
-        with contextlib.ExitStack() as hands:
-            for _ in range(1, count):
-                try:
-                    hands.callback(HANDS.lend(work).outlast)
-                except RuntimeError:
-                    break  # no more threads
-            work()
+        HANDS.together(count, work)
 
     def connect(self, host: str, port: int, seconds: float) -> socket.socket:
         """As ``Waiting``."""
