@@ -112,6 +112,13 @@ def test_one_row_of_the_other_kind(
     assert names.type == pa.string()
 
 
+@pytest.mark.parametrize("subject", [None, "ann"], ids=["inline", "stored"])
+def test_rows_that_have_less_than_an_envelope_takes(service: ServiceHandle, subject: str | None) -> None:
+    """They are told of as what they are, however much the rows before them have."""
+    rows = pa.array([service.encrypt(b"x" * 1000, subject=subject), *[b""] * 20])
+    assert refused(lambda: service.decrypt_column(rows), FormatError).index == 1  # type: ignore[attr-defined]
+
+
 def test_rows_too_short_for_the_kind_of_the_first(service: ServiceHandle) -> None:
     """A stored row without a byte is shorter than an inline one can be."""
     blobs = [service.encrypt(b""), service.encrypt(b"", subject="ann")]

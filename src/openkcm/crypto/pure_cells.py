@@ -263,6 +263,7 @@ class Places:
             if cell is not None and len(cell) + more < 0:
                 return False
             self._lay(at, None if cell is None else len(cell) + more)
+        self._check_total()
         return True
 
     def lay_opened(
@@ -286,17 +287,21 @@ class Places:
             else:
                 bad.append(at)
                 if not every:
-                    break
+                    return counts[0], counts[1], bad
                 self._lay(at, 0)
+        self._check_total()
         return counts[0], counts[1], bad
 
     def _lay(self, at: int, size: int | None) -> None:
         self.total += size or 0
-        if self.total > self._most:
-            raise InvalidInput("a buffer of the column was changed while it was read")
-        self._places[at + 1] = self.total
+        self._places[at + 1] = min(self.total, self._most)
         if size is None:
             self._unset(at)
+
+    def _check_total(self) -> None:
+        """Not earlier: before a row that is no envelope there may be more than all take if that counts as one."""
+        if self.total > self._most:
+            raise InvalidInput("a buffer of the column was changed while it was read")
 
     def _unset(self, at: int) -> None:
         if self.validity is None:
