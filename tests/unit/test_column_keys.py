@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 import openkcm
-from openkcm.errors import DecryptError, FormatError
+from openkcm.errors import DecryptError, FormatError, InvalidInput
 from openkcm.gateway import DataKeyPolicy, ServiceHandle
 from support import refused
 
@@ -110,6 +110,29 @@ def test_one_row_of_the_other_kind(
     assert out == b"".join(rows)
     names = service.decrypt_column(pa.array(blobs), threads=threads, text=True)
     assert names.type == pa.string()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kinds", [["ann", None], [None, "ann"], ["ann", "bob", None]])
+def test_nothing_is_written_behind_the_result(
+    service: ServiceHandle, kinds: list[str | None], threads: int
+) -> None:
+    """An inline row has more that is taken away than a stored one, which it must not be taken for there."""
+    rows = [b"%d" % at for at in range(1500)]
+    each = kinds + [kinds[-1]] * (len(rows) - len(kinds))
+    blobs = pa.array([service.encrypt(row, subject=who) for row, who in zip(rows, each, strict=True)])
+    size = sum(map(len, rows))
+    out = bytearray(b"\xaa" * 200_000)
+    service.decrypt_column(blobs, out=out, threads=threads)
+    assert out[:size] == b"".join(rows)
+    assert out[size:] == b"\xaa" * (200_000 - size)
+
+
+def test_a_result_that_is_too_small_for_rows_of_two_kinds(service: ServiceHandle) -> None:
+    blobs = pa.array([service.encrypt(b"x" * 100), service.encrypt(b"x" * 100, subject="ann")])
+    out = bytearray(b"\xaa" * 199)
+    assert "takes 200 bytes" in str(refused(lambda: service.decrypt_column(blobs, out=out), InvalidInput))
+    assert set(out) <= {0, 0xAA}
 
 
 @pytest.mark.parametrize("subject", [None, "ann"], ids=["inline", "stored"])

@@ -73,17 +73,19 @@ cdef class Table:
         return at
 
     def add_ids(self, RecordCipher cipher not None, Cells cells not None):
-        """Take in the part behind the version of each record of this cipher."""
+        """Take in the part behind the version of each record of this cipher; how many records those are."""
         cdef Sought sought
-        cdef Py_ssize_t at = 0, piece = 0
+        cdef Py_ssize_t at = 0, piece = 0, taken = 0
         cdef int status = FOUND
         self.held.append(cells)
         with nogil:
             while at < cells.count and status == FOUND:
                 at = seek_ids(&sought, cipher, cells.pieces, cells.firsts, &piece, at, cells.count)
                 status = self.add_all(&sought)
+                taken += sought.count
         if status != FOUND:
             raise MemoryError()
+        return taken
 
     def values(self, Py_ssize_t start, Py_ssize_t stop):
         """Copies of the distinct values from one number to another."""

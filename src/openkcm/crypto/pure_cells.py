@@ -394,11 +394,14 @@ class Table:
             self._add(bytes(name), at)
         return -1
 
-    def add_ids(self, cipher: RecordCipher, cells: Cells) -> None:
-        """Take in the part behind the version of each record of this cipher."""
+    def add_ids(self, cipher: RecordCipher, cells: Cells) -> int:
+        """Take in the part behind the version of each record of this cipher; how many records those are."""
+        taken = 0
         for at, cell in enumerate(cells.cells(0, cells.count)):
             if cell is not None and cipher.takes(cell) and not cipher.version(cell):
                 self._add(cipher.middle(cell), at)
+                taken += 1
+        return taken
 
     def _add(self, value: bytes, row: int) -> None:
         if value not in self._numbers:

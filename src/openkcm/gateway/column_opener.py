@@ -88,16 +88,18 @@ class ColumnOpener:
         kind = job.places.lay_alike(job.cells, self._inline, self._stored)
         if not kind:
             raise _MixedError
+        # Inline rows that were taken for stored ones would be written beyond the result's end: ids are looked at first.
+        ids = self._ids(job.cells, every=True) if kind == 2 else None
         failures = Failures(raising=True)
         try:
             job.attach(out)
         except InvalidInput:
             raise _MixedError from None
         try:
-            if kind == 1:
+            if ids is None:
                 self._share_inline(job, failures, alike=True)
             else:
-                self._open_stored(job, failures)
+                self._open_stored(job, failures, ids)
             if job.places.first_unfilled(0, job.places.count) >= 0:
                 raise _MixedError
             return self._finish(job, failures, text)
@@ -118,7 +120,7 @@ class ColumnOpener:
             if inline:
                 self._share_inline(job, failures)
             if stored:
-                self._open_stored(job, failures)
+                self._open_stored(job, failures, self._ids(cells))
             job.check_filled()
             result = self._finish(job, failures, text)
         except BaseException:
@@ -197,12 +199,17 @@ class ColumnOpener:
 
     # ---- data keys of subjects -------------------------------------------------------------------------
 
-    def _open_stored(self, job: Job, failures: Failures) -> None:
+    def _ids(self, cells: Cells, every: bool = False) -> Table:
+        """The ids of the stored records; with ``every``, a row that is none and no null raises _MixedError."""
+        ids = Table()
+        if ids.add_ids(self._stored, cells) + cells.nulls < cells.count and every:
+            raise _MixedError
+        return ids
+
+    def _open_stored(self, job: Job, failures: Failures, ids: Table) -> None:
         """Open the keys of all ids in a few calls, then go through the rows as they stand."""
-        table = Table()
-        table.add_ids(self._stored, job.cells)
-        for first in range(0, len(table), RING):
-            self._held.again(lambda first=first: self._open_rings(job, failures, table, first))  # type: ignore[misc]
+        for first in range(0, len(ids), RING):
+            self._held.again(lambda first=first: self._open_rings(job, failures, ids, first))  # type: ignore[misc]
 
     def _open_rings(self, job: Job, failures: Failures, table: Table, first: int) -> None:
         """Open the rows of one ring's worth of ids: a ring for each service key version among their keys."""
