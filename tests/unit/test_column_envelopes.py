@@ -162,6 +162,25 @@ def test_what_did_not_verify_leaves_nothing_behind(service: ServiceHandle) -> No
     assert out[:3031] == bytes(3030) + b"u"
 
 
+@pytest.mark.parametrize("errors", ["raise", "null"])
+def test_an_interrupt_at_the_very_end_leaves_nothing_behind(
+    service: ServiceHandle, monkeypatch: pytest.MonkeyPatch, errors: Any
+) -> None:
+    """As the result is put in its shape, or the reasons beside it."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    sealed, out = service.encrypt_column(pa.array([b"secret"] * 10)), bytearray(60)
+    monkeypatch.setattr(columns_module, "Column", interrupt)
+    refused(lambda: service.decrypt_column(sealed, out=out, errors=errors), KeyboardInterrupt)
+    assert not any(out)
+    monkeypatch.undo()
+    monkeypatch.setattr(column_opener, "reasons_column", interrupt)
+    refused(lambda: service.decrypt_column(sealed, out=out, errors="null"), KeyboardInterrupt)
+    assert not any(out)
+
+
 def test_text_is_checked(service: ServiceHandle) -> None:
     rows = [b"ok", b"\xff", None, "ü".encode(), b"\xed\xa0\x80", b"12345678\x80", b"\xf4\x90\x80\x80"]
     bad = [1, 4, 5, 6]

@@ -123,12 +123,12 @@ class ColumnOpener:
                 self._open_stored(job, failures, self._ids(cells))
             job.check_filled()
             result = self._finish(job, failures, text)
+            if errors == "raise":
+                return result
+            return result, job.source.give(reasons_column(places.count, failures.errors))
         except BaseException:
             places.wipe()
             raise
-        if errors == "raise":
-            return result
-        return result, job.source.give(reasons_column(places.count, failures.errors))
 
     def _finish(self, job: Job, failures: Failures, text: bool) -> Any:
         """The result, in which a row that failed is null."""
