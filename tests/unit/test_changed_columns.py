@@ -138,6 +138,52 @@ def test_the_other_kind_at_each_look(service: ServiceHandle, meanwhile: Callable
     assert_refused(lambda: service.decrypt_column(column, out=out), out)
 
 
+class Bare:
+    """An array through its capsules, which tell no size of a buffer."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    def __arrow_c_stream__(self, requested: object = None) -> Any:
+        return pa.chunked_array(self.array).__arrow_c_stream__()
+
+
+@pytest.mark.parametrize("coded", [False, True], ids=["plain", "dictionary"])
+@pytest.mark.parametrize("subject", [None, "ann"])
+def test_offsets_are_not_followed_to_where_no_row_was(
+    service: ServiceHandle, meanwhile: Callable[..., None], subject: str | None, coded: bool
+) -> None:
+    """Where only a pointer tells of the data, its size is what the rows had when the column was first read."""
+    (_, data), _, size = envelopes(service, subject)
+    offsets = np.arange(0, 21, dtype=np.int64) * size
+    column = pa.Array.from_buffers(pa.large_binary(), 20, [None, pa.py_buffer(offsets), pa.py_buffer(data)])
+    if coded:
+        column = pa.DictionaryArray.from_arrays(pa.array(range(20), pa.int8()), column)
+
+    def move() -> None:
+        offsets[:] += size * 10
+
+    meanwhile(move)
+    out = bytearray(b"\xaa" * (20 * len(TEXT)))
+    error = refused(lambda: service.decrypt_column(Bare([column]), out=out), InvalidInput)
+    assert "changed" in str(error) or "malformed" in str(error)
+    assert not any(out), "something is left in the result"
+
+
+@pytest.mark.parametrize("errors", ["raise", "null"])
+def test_sizes_whose_sum_overflows(service: ServiceHandle, errors: Any) -> None:
+    """They come to what fits again: 2 ** 64 bytes in all, in rows between which there are nulls."""
+    good = pa.array(service.encrypt_many([TEXT] * 10), pa.large_binary())
+    offsets = np.zeros(9, np.int64)
+    buffers = [pa.py_buffer(b"\x55"), pa.py_buffer(offsets), pa.py_buffer(b"")]
+    bad = pa.Array.from_buffers(pa.large_binary(), 8, buffers)
+    offsets[1::2] = 1 << 62
+    error = refused(lambda: service.decrypt_column(Bare([good, bad]), errors=errors), InvalidInput)
+    assert "malformed" in str(error)
+    assert error.index == 10  # type: ignore[attr-defined]
+    assert refused(lambda: service.encrypt_column(Bare([bad])), InvalidInput).index == 0  # type: ignore[attr-defined]
+
+
 def test_what_is_laid_out_to_more_than_was_measured(service: ServiceHandle) -> None:
     offsets = np.array([0, 3000], np.int64)
     data = bytearray(10_000)

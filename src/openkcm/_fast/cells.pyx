@@ -23,6 +23,7 @@ cdef enum:
     UNKNOWN = -1
 
 cdef Py_ssize_t MOST_ROWS = <Py_ssize_t>1 << 56
+cdef Py_ssize_t MOST_BYTES = <Py_ssize_t>1 << 56    # that rows may say they have together: no memory has so many
 
 
 cdef class Cells:
@@ -123,7 +124,7 @@ cdef class Cells:
         return size
 
     cdef int check(self) except -1:
-        """Read each row's place once."""
+        """Read each row's place once; where only a pointer came, nothing is read later that lies behind what rows have now."""
         cdef Py_ssize_t number, at = -1
         with nogil:
             for number in range(self.piece_count):
@@ -134,6 +135,8 @@ cdef class Cells:
                         break
         if at >= 0:
             raise self.malformed(at)
+        for number in range(self.piece_count):
+            bound_reach(self.pieces + number)
         return 0
 
     cdef bint measure(self, Piece *piece) noexcept nogil:
@@ -145,7 +148,7 @@ cdef class Cells:
             total = okc_measure32(<const int32_t *>piece.places + piece.start, piece.count, piece.size, &longest)
         else:
             total = okc_measure64(<const int64_t *>piece.places + piece.start, piece.count, piece.size, &longest)
-        if total < 0:
+        if total < 0 or total > MOST_BYTES - self.total:
             return False
         piece.reach = offset_of(piece, piece.start + piece.count)
         self.total += total
@@ -160,7 +163,7 @@ cdef class Cells:
         cdef int status
         for at in range(piece.count):
             status = piece_cell(piece, at, &data, &size)
-            if status == MALFORMED:
+            if status == MALFORMED or (status == FOUND and size > MOST_BYTES - self.total):
                 return at
             if status == MISSING:
                 self.nulls += 1
@@ -268,6 +271,14 @@ cdef inline Py_ssize_t offset_of(const Piece *piece, Py_ssize_t at) noexcept nog
     if piece.width == 4:
         return (<const int32_t *>piece.places)[at]
     return <Py_ssize_t>(<const int64_t *>piece.places)[at]
+
+
+cdef void bound_reach(Piece *piece) noexcept:
+    """A pointer tells no size: offsets that were changed since would be followed anywhere."""
+    if piece.layout == OFFSETS and piece.size == UNKNOWN:
+        piece.size = piece.reach
+    if piece.values != NULL:
+        bound_reach(piece.values)
 
 
 cdef void give_back(Piece *piece) noexcept:

@@ -21,6 +21,7 @@ _ffi: Final = cffi.FFI()
 _VIEW: Final = 16
 _WITHIN: Final = 12
 _MOST_ROWS: Final = 1 << 56
+_MOST_BYTES: Final = 1 << 56
 _MOST_NARROW: Final = 2**31 - 1
 _SIGNED: Final[dict[int, Any]] = {1: "b", 2: "h", 4: "i", 8: "q"}
 
@@ -150,9 +151,11 @@ class Cells:
         self.count = self._firsts[-1]
         self._at = 0
         self.nulls = self.total = self.longest = 0
-        for cell in self.cells(0, self.count):
+        for at, cell in enumerate(self.cells(0, self.count)):
             if cell is None:
                 self.nulls += 1
+            elif len(cell) > _MOST_BYTES - self.total:
+                raise self._malformed(at)
             else:
                 self.total += len(cell)
                 self.longest = max(self.longest, len(cell))
@@ -169,10 +172,13 @@ class Cells:
                 try:
                     yield piece.cell(at - first)
                 except _MalformedError:
-                    raise InvalidInput(
-                        f"the {self.name} is malformed: this row's place is negative, out of order or past the end",
-                        index=at,
-                    ) from None
+                    raise self._malformed(at) from None
+
+    def _malformed(self, at: int) -> InvalidInput:
+        return InvalidInput(
+            f"the {self.name} is malformed: this row's place is negative, out of order or past the end",
+            index=at,
+        )
 
     def value(self, at: int) -> bytes | None:
         """A copy of one row's bytes; None for a null."""
