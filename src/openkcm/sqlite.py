@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the Core's store and the Gateway's key store share: pragmas, what failures mean, and safety across fork.
 
-Invariant: no connection of ours is open while the process forks.
+Invariant: no connection of ours is open while the process forks, or when nobody has it any more.
 """
 
 from __future__ import annotations
@@ -40,6 +40,16 @@ _ADVICE: Final = {
     sqlite3.SQLITE_NOTADB: ("the file is not a database; check the path", False),
     sqlite3.SQLITE_PERM: ("the database file may not be opened by this user", False),
 }
+
+
+class Connection(sqlite3.Connection):
+    """A connection that is closed with the last that had it: not all who make a Gateway close it.
+
+    Python does that too, but from 3.13 on it warns of each.
+    """
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def store_error(error: BaseException, what: str) -> StoreUnavailable:

@@ -22,6 +22,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from ..errors import InvalidInput, StoreUnavailable
 from ..sqlite import BUSY_SECONDS, PRAGMAS, close_before_fork, store_error
+from ..sqlite import Connection as OurConnection
 from .seal import sync_folder
 from .store import WHAT, Store
 
@@ -139,7 +140,11 @@ class SQLiteStore(Store):
         if self._engine is None:
             engine = sql.create_engine(
                 self._url.set(database=str(self.path)),
-                connect_args={"timeout": self._busy_seconds, "check_same_thread": False},
+                connect_args={
+                    "timeout": self._busy_seconds,
+                    "check_same_thread": False,
+                    "factory": OurConnection,
+                },
             )
             sql.event.listen(engine, "connect", _configure)
             self._engine = engine
@@ -196,6 +201,7 @@ class SQLiteStore(Store):
                     timeout=0.1,
                     check_same_thread=False,
                     isolation_level=None,
+                    factory=OurConnection,
                 )
                 self._observers += 1
             # The number is the connection's own: one from another connection must never look the same.

@@ -21,7 +21,7 @@ from ..crypto import random_bytes
 from ..errors import StoreUnavailable
 from ..keys import Service
 from ..limits import KEY_ID_BYTES, SERVICE_ID_BYTES, SUBJECT_HASH_BYTES, WRAPPED_KEY_BYTES
-from ..sqlite import BUSY_SECONDS, PRAGMAS, close_before_fork, store_error
+from ..sqlite import BUSY_SECONDS, PRAGMAS, Connection, close_before_fork, store_error
 from .keystore import (
     DAMAGED,
     SALT_BYTES,
@@ -251,7 +251,9 @@ def _connect(path: Path) -> sqlite3.Connection:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     except OSError as error:
         raise StoreUnavailable(f"{WHAT} {path} cannot be opened: {error.strerror}", retryable=False) from None
-    connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+    connection = sqlite3.connect(
+        path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, factory=Connection
+    )
     for pragma in PRAGMAS:
         connection.execute(f"PRAGMA {pragma}")
     connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
