@@ -3,7 +3,7 @@
 """The rows of a column, where they lie: nothing is copied.
 
 Invariant: what a column says of its rows (offsets, views, codes) is never followed unchecked, neither here nor later;
-the one thing trusted is a bare pointer's extent, which the Arrow C data interface does not tell.
+the one thing trusted is a bare pointer's extent, which the Arrow C data interface does not tell: what rows have at first.
 """
 
 from array import array
