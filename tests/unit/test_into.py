@@ -100,3 +100,25 @@ def test_what_does_not_open_leaves_nothing(core: openkcm.Core) -> None:
     refused(lambda: service.decrypt_into(blob, out, context=b"right"), TenantDark)
     refused(lambda: service.encrypt_into(b"x", out), TenantDark)
     assert b"secret" not in out
+
+
+def test_under_a_lease(core: openkcm.Core) -> None:
+    core.set_lease("acme", "records", 600)
+    with openkcm.Gateway(core) as gateway:
+        service = gateway.service("acme", "records")
+        blob, out = service.encrypt(b"x" * 64), bytearray(70)
+        for _ in range(3):
+            assert service.decrypt_into(blob, out) == 64
+            assert out == b"x" * 64 + bytes(6)
+        assert service._leases.kept
+        refused(lambda: service.decrypt_into(blob, bytearray(63)), InvalidInput)
+        refused(lambda: service.decrypt_into(blob[:-1] + b"?", out), DecryptError)
+
+
+def test_keys_that_were_wiped_between_look_and_use(service: ServiceHandle) -> None:
+    out = bytearray(300)
+    assert service.encrypt_into(b"x", out)
+    ready = service._pool.ready
+    assert ready is not None
+    ready.keys.wipe()
+    assert service.decrypt(out[: service.encrypt_into(b"y", out)]) == b"y"

@@ -82,7 +82,7 @@ cdef class RecordCipher:
     cdef int seal(self, Gcm *cipher, const uint8_t *key, const uint8_t *nonce, uint32_t version,
                   const uint8_t *middle, const Item *item) noexcept nogil
     cdef int open(self, Gcm *cipher, const uint8_t *key, const Item *item, uint8_t *scratch) noexcept nogil
-    cdef object open_alone(self, SecretKeys keys, Py_ssize_t position, bytes context, blob)
+    cdef object open_alone(self, SecretKeys keys, Py_ssize_t position, bytes context, blob, out)
     cpdef object place(self, blob)
     cdef int check_size(self, Py_ssize_t size, Py_ssize_t index) except -1
     cdef int seal_loop(self, uint8_t *keys, uint32_t version, const uint8_t *middles, Batch batch) noexcept nogil

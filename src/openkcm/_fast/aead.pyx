@@ -16,7 +16,7 @@ from libc.stdint cimport uint8_t, uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
-from .batch cimport ALONE, Batch, Item, bound_size, new_output, pin
+from .batch cimport ALONE, Batch, Item, bound_size, pin, place_output
 from .gcm cimport (
     Gcm, gcm_begin, gcm_begin_made, gcm_end, gcm_open, gcm_open_end, gcm_part, gcm_seal, gcm_seal_end, gcm_start,
     okc_is_zero32, okc_wipe, random_public,
@@ -148,24 +148,25 @@ cdef class RecordCipher:
     # -- sealing --
 
     def seal_one(self, SecretKeys keys not None, Py_ssize_t position, uint32_t version, bytes middles not None,
-                 bytes context not None, record, bint consume=False):
-        """Seal one record under the key at ``position``; ``consume`` zeroes that key afterwards."""
+                 bytes context not None, record, bint consume=False, out=None):
+        """Seal one record under the key at ``position``; ``consume`` zeroes that key afterwards.
+
+        Returns it as bytes, or writes it to ``out``, a buffer, and returns its size.
+        """
         cdef Item item
         cdef uint8_t nonce[NONCE]
         cdef list held = None
         cdef Gcm cipher
         cdef uint8_t *key
         cdef const uint8_t *middle
-        cdef bytes output
         cdef int status = BROKEN
-        if not PyBytes_CheckExact(record):
+        if out is not None or not PyBytes_CheckExact(record):
             held = []
         pin(record, &item.data, &item.size, held, ALONE)
         self.check_size(item.size, ALONE)
         if PyBytes_GET_SIZE(middles) != keys.count * self.middle_size:
             raise invalid_error()("each key needs its own middle part")
-        output = new_output(item.size + self.overhead())
-        item.output = <uint8_t *>PyBytes_AS_STRING(output)
+        output = place_output(&item, item.size + self.overhead(), out, held)
         item.context = <const uint8_t *>PyBytes_AS_STRING(context)
         item.context_size = bound_size(context)
         middle = <const uint8_t *>PyBytes_AS_STRING(middles) + position * self.middle_size
@@ -181,6 +182,7 @@ cdef class RecordCipher:
             OPENSSL_cleanse(key, KEY)
         keys.leave()
         if status != DONE:
+            OPENSSL_cleanse(item.output, <size_t>(item.size + self.overhead()))
             raise internal_error()("the cipher could not encrypt")
         return output
 
@@ -247,11 +249,11 @@ cdef class RecordCipher:
 
     # -- opening --
 
-    def open_one(self, SecretKeys keys not None, Py_ssize_t position, bytes context not None, blob):
-        """Open one record; None when it does not verify."""
-        return self.open_alone(keys, position, context, blob)
+    def open_one(self, SecretKeys keys not None, Py_ssize_t position, bytes context not None, blob, out=None):
+        """Open one record: its bytes, or how many were written to ``out``, a buffer; None when it does not verify."""
+        return self.open_alone(keys, position, context, blob, out)
 
-    def open_kept(self, dict kept not None, double stands, clock, bytes context not None, blob):
+    def open_kept(self, dict kept not None, double stands, clock, bytes context not None, blob, out=None):
         """Open one record under the key that is kept for its version and middle; None if there is none to be had.
 
         ``kept`` maps what ``place`` returns to tuples of (keys, since, until), in seconds of ``clock``: a key is used before
@@ -269,28 +271,26 @@ cdef class RecordCipher:
         if now >= <double><object>PyTuple_GetItem(entry, 2):
             return None
         try:
-            return self.open_alone(<SecretKeys?><object>PyTuple_GetItem(entry, 0), 0, context, blob)
+            return self.open_alone(<SecretKeys?><object>PyTuple_GetItem(entry, 0), 0, context, blob, out)
         except Exception as error:
             if not isinstance(error, memory_error()):
                 raise
             return None
 
-    cdef object open_alone(self, SecretKeys keys, Py_ssize_t position, bytes context, blob):
+    cdef object open_alone(self, SecretKeys keys, Py_ssize_t position, bytes context, blob, out):
         """Open one record under the key at a position, which is the only one if its schedule is kept."""
         cdef Item item
         cdef uint8_t scratch[SMALL + COMMITMENT]
         cdef list held = None
         cdef Gcm cipher
         cdef uint8_t *key
-        cdef bytes output
         cdef int status = BROKEN
-        if not PyBytes_CheckExact(blob):
+        if out is not None or not PyBytes_CheckExact(blob):
             held = []
         pin(blob, &item.data, &item.size, held, ALONE)
         if item.size < self.overhead() or item.size - self.overhead() > MAX_RECORD:
             return None
-        output = new_output(item.size - self.overhead())
-        item.output = <uint8_t *>PyBytes_AS_STRING(output)
+        output = place_output(&item, item.size - self.overhead(), out, held)
         item.context = <const uint8_t *>PyBytes_AS_STRING(context)
         item.context_size = bound_size(context)
         key = keys.enter_at(position)

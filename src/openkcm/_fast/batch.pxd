@@ -21,7 +21,7 @@ cdef struct Item:
 
 cdef int pin(object thing, const uint8_t **data, Py_ssize_t *size, list held, Py_ssize_t index) except -1
 cdef int bound_size(bytes aad) except -1
-cdef bytes new_output(Py_ssize_t size)
+cdef object place_output(Item *item, Py_ssize_t size, out, list held)
 
 cdef class Batch:
     cdef Item *items

@@ -195,6 +195,28 @@ cdef bytes new_output(Py_ssize_t size):
     return output
 
 
+cdef object place_output(Item *item, Py_ssize_t size, out, list held):
+    """Point at where one result goes: fresh bytes, which this gives, or a buffer, of which it gives what is written."""
+    cdef bytes output
+    if out is None:
+        output = new_output(size)
+        item.output = <uint8_t *>PyBytes_AS_STRING(output)
+        return output
+    try:
+        view = memoryview(out)
+    except (TypeError, ValueError, BufferError):
+        raise invalid_error()(f"out is a writable buffer, not {type(out).__name__}") from None
+    if view.readonly or not view.c_contiguous:
+        raise invalid_error()("out must be writable and contiguous")
+    if view.nbytes < size:
+        raise invalid_error()(f"the result takes {size} bytes and out has {view.nbytes}")
+    held.append(view)
+    item.output = <uint8_t *>PyMemoryView_GET_BUFFER(view).buf
+    if item.size and item.output < item.data + item.size and item.data < item.output + <Py_ssize_t>view.nbytes:
+        raise invalid_error()("out overlaps what is read")
+    return size
+
+
 cdef list anchors = []
 
 

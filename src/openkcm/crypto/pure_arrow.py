@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from ..errors import InvalidInput
-from .pure_cells import address_of
+from .pure_records import address_of
 
 _NULLABLE: Final = 2
 _MOST_BUFFERS: Final = 1 << 20

@@ -15,7 +15,7 @@ import cffi
 
 from ..errors import InvalidInput
 from .parts import CODES, FIXED, NOTHING, OFFSETS, VIEWS, Part, Source
-from .pure_records import RecordCipher
+from .pure_records import RecordCipher, address_of
 
 _ffi: Final = cffi.FFI()
 _VIEW: Final = 16
@@ -24,11 +24,6 @@ _MOST_ROWS: Final = 1 << 56
 _MOST_BYTES: Final = 1 << 56
 _MOST_NARROW: Final = 2**31 - 1
 _SIGNED: Final[dict[int, Any]] = {1: "b", 2: "h", 4: "i", 8: "q"}
-
-
-def address_of(view: memoryview) -> int:
-    """Where a buffer's bytes are."""
-    return int(_ffi.cast("uintptr_t", _ffi.from_buffer("char[]", view)))
 
 
 class _MalformedError(Exception):

@@ -15,6 +15,7 @@ from itertools import accumulate, compress, islice, repeat
 from operator import ne
 from typing import Any, Final, TypeVar
 
+import cffi
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
@@ -31,6 +32,7 @@ from ..limits import (
 )
 from .pure import HALF, SecretKeys, cut, import_keys, xaes_subkey
 
+_ffi: Final = cffi.FFI()
 _ZEROS: Final = bytes(COMMITMENT_BYTES)
 _VERSION_BYTES: Final = 4
 
@@ -62,6 +64,37 @@ def _bytes_of(thing: Any, index: int | None) -> bytes | memoryview:
         if isinstance(thing, memoryview):
             said = "a buffer must be contiguous, and not released"
         raise InvalidInput(said, index=index) from None
+
+
+def address_of(view: memoryview) -> int:
+    """Where a buffer's bytes are."""
+    return int(_ffi.cast("uintptr_t", _ffi.from_buffer("char[]", view)))
+
+
+def _place_output(size: int, source: bytes | memoryview, out: Any) -> memoryview | None:
+    """Where one result goes: nowhere yet, or the buffer's first bytes."""
+    if out is None:
+        return None
+    try:
+        view = memoryview(out)
+    except (TypeError, ValueError, BufferError):
+        raise InvalidInput(f"out is a writable buffer, not {type(out).__name__}") from None
+    if view.readonly or not view.c_contiguous:
+        raise InvalidInput("out must be writable and contiguous")
+    if view.nbytes < size:
+        raise InvalidInput(f"the result takes {size} bytes and out has {view.nbytes}")
+    first, start = address_of(memoryview(source)), address_of(view)
+    if len(source) and start < first + len(source) and first < start + view.nbytes:
+        raise InvalidInput("out overlaps what is read")
+    return view.cast("B")[:size]
+
+
+def _result(found: bytes, place: memoryview | None) -> bytes | int:
+    """A result, or how many bytes of it were written to its place."""
+    if place is None:
+        return found
+    place[:] = found
+    return len(found)
 
 
 def _all_bytes(things: Iterable[Any]) -> list[bytes | memoryview]:
@@ -174,14 +207,19 @@ class RecordCipher:
         context: bytes,
         record: Any,
         consume: bool = False,
-    ) -> bytes:
-        """Seal one record under the key at ``position``; ``consume`` zeroes that key afterwards."""
+        out: Any = None,
+    ) -> Any:
+        """Seal one record under the key at ``position``; ``consume`` zeroes that key afterwards.
+
+        Returns it as bytes, or writes it to ``out``, a buffer, and returns its size.
+        """
         data = _bytes_of(record, None)
         if len(data) > MAX_RECORD_BYTES:
             raise _too_large(len(data), None)
         if not 0 <= position < len(keys):
             raise InvalidInput("no key at that position")
         self._check_middles(keys, middles)
+        target = _place_output(len(data) + self.overhead, data, out)
         with keys as slot:
             place = slice(position * KEY_BYTES, (position + 1) * KEY_BYTES)
             cipher = AESGCM(bytes(slot[place]))
@@ -191,7 +229,7 @@ class RecordCipher:
         nonce = os.urandom(NONCE_BYTES)
         aad = self._aad + (middle if self._bound else b"") + context
         head = self._head + version.to_bytes(_VERSION_BYTES, "big") + middle + nonce
-        return head + cipher.encrypt(nonce, _ZEROS + data, aad)
+        return _result(head + cipher.encrypt(nonce, _ZEROS + data, aad), target)
 
     def _check_middles(self, keys: SecretKeys, middles: bytes) -> None:
         if len(middles) != len(keys) * self._middle_bytes:
@@ -243,24 +281,31 @@ class RecordCipher:
             return [fixed + context for context in each]
         return [fixed + middle + context for middle, context in zip(middles, each, strict=True)]
 
-    def open_one(self, keys: SecretKeys, position: int, context: bytes, blob: Any) -> bytes | None:
-        """Open one record; None when it does not verify."""
+    def open_one(self, keys: SecretKeys, position: int, context: bytes, blob: Any, out: Any = None) -> Any:
+        """Open one record: its bytes, or how many were written to ``out``, a buffer; None when it does not verify."""
         data = _bytes_of(blob, None)
         if not self.overhead <= len(data) <= self._most:
             return None
         if not 0 <= position < len(keys):
             raise InvalidInput("no key at that position")
+        place = _place_output(len(data) - self.overhead, data, out)
         cipher = _cipher(keys, position)
         aad = self._aad + (data[self._middle] if self._bound else b"") + context
         try:
             opened = cipher.decrypt(data[self._nonce], data[self._body], aad)
         except InvalidTag:
             return None
-        return opened[_RECORD] if compare_digest(opened[_COMMITMENT], _ZEROS) else None
+        return _result(opened[_RECORD], place) if compare_digest(opened[_COMMITMENT], _ZEROS) else None
 
     def open_kept(
-        self, kept: dict[bytes, Any], stands: float, clock: Callable[[], float], context: bytes, blob: Any
-    ) -> bytes | None:
+        self,
+        kept: dict[bytes, Any],
+        stands: float,
+        clock: Callable[[], float],
+        context: bytes,
+        blob: Any,
+        out: Any = None,
+    ) -> Any:
         """Open one record under the key that is kept for its version and middle; None if there is none to be had.
 
         ``kept`` maps what ``place`` returns to tuples of (keys, since, until), in seconds of ``clock``: a key is
@@ -274,7 +319,7 @@ class RecordCipher:
         if found is None or now >= found[2]:
             return None
         try:
-            return self.open_one(found[0], 0, context, blob)
+            return self.open_one(found[0], 0, context, blob, out)
         except SecretMemoryError:
             return None
 

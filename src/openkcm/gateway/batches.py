@@ -11,7 +11,7 @@ import itertools
 import operator
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal, TypeAlias
 
 from ..context import Buffer, Context, encode_context
@@ -75,6 +75,27 @@ def _runs(items: list[Any]) -> Iterator[tuple[int, int]]:
         stop = len(items) if change < 0 else change + 1
         yield start, stop
         start = stop
+
+
+def one_by_one(
+    act: Callable[[list[Any], Contexts, list[str] | None], list[Any]],
+    items: list[Any],
+    context: Context,
+    contexts: list[Context] | None,
+    names: list[str] | None,
+) -> list[Any]:
+    """Find the records that cannot be encrypted and encrypt the others."""
+    results: list[Any] = []
+    for at, item in enumerate(items):
+        try:
+            some = names if names is None or len(names) == 1 else names[at : at + 1]
+            one = encode_contexts(context, None if contexts is None else contexts[at : at + 1], 1)
+            results += act([item], one, some)
+        except OpenKCMError as error:
+            if error.index is None:
+                raise
+            results.append(at_index(error, at))
+    return results
 
 
 def part_of(contexts: Contexts, start: int, stop: int) -> Contexts:

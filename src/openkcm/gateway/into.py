@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One record into memory of the caller's: a column of one row.
+"""One record into memory of the caller's.
 
-Invariant: as with a column, nothing is written before all that is handed in was checked, and what was written is zeroed
-where the call fails.
+Invariant: nothing is written before all that is handed in was checked, and no plaintext that did not verify stays.
 """
 
 from __future__ import annotations
@@ -12,13 +11,31 @@ from collections.abc import Callable
 from typing import Any
 
 from ..context import Buffer
-from ..errors import InvalidInput, OpenKCMError
+from ..errors import InvalidInput, OpenKCMError, SecretMemoryError
+from .pool import Pool
+
+
+def check_out(out: Any) -> None:
+    """Raise InvalidInput if there is no buffer; whether it will do is seen where its size is known."""
+    if out is None:
+        raise InvalidInput("out is a writable buffer")
+
+
+def write_sealed(pool: Pool, seal_one: Callable[..., Any], context: bytes, data: Buffer, out: Any) -> int:
+    """Encrypt under a key that waits, as ``ServiceHandle.encrypt`` does; returns the bytes written."""
+    while True:
+        ready, at = pool.take()
+        try:
+            written: int = seal_one(ready.keys, at, ready.version, ready.wrapped, context, data, True, out)
+            return written
+        except SecretMemoryError:
+            if not ready.keys.wiped:
+                raise
+            pool.discard(ready)  # wiped between look and use: the next round asks the Core
 
 
 def write_row(act: Callable[..., Any], data: Buffer, out: Any, **arguments: Any) -> int:
-    """Have ``encrypt_column`` or ``decrypt_column`` work on one record; returns the bytes written."""
-    if out is None:
-        raise InvalidInput("out is a writable buffer")
+    """Have ``encrypt_column`` or ``decrypt_column`` work on a column of one row; returns the bytes written."""
     try:
         view = memoryview(data)
         if not view.c_contiguous:

@@ -68,8 +68,10 @@ class Opener:
             self._open_stored(groups, blobs, contexts)
         return settle(groups.outcomes, in_place)
 
-    def open_inline(self, blob: bytes, place: bytes, context: bytes) -> bytes | None:
+    def open_inline(self, blob: bytes, place: bytes, context: bytes, out: Any = None) -> Any:
         """Open one record whose data key is inside; None where that key does not open, which ``open`` explains.
+
+        Returns it as bytes, or how many were written to ``out``, a buffer.
 
         Args:
             blob: the envelope.
@@ -82,7 +84,7 @@ class Opener:
         kept = self._leases.find(place)
         try:
             if kept is not None:
-                return _verified(self._open_one(kept, 0, context, blob))
+                return _verified(self._open_one(kept, 0, context, blob, out))
         except SecretMemoryError:
             if not kept.wiped:  # type: ignore[union-attr]  # it is not None
                 raise
@@ -91,7 +93,7 @@ class Opener:
             return None
         keys, failures = self._leases.open(WrappedKeys(Kind.INLINE, version, wrapped))
         try:
-            return None if failures else _verified(self._open_one(keys, 0, context, blob))
+            return None if failures else _verified(self._open_one(keys, 0, context, blob, out))
         finally:
             keys.wipe()
 
@@ -179,7 +181,7 @@ class Opener:
         return results
 
 
-def _verified(record: bytes | None) -> bytes:
+def _verified(record: Any) -> Any:
     if record is None:
         raise DecryptError()
     return record

@@ -12,30 +12,29 @@ from time import monotonic
 from typing import Any, Literal
 
 from ..context import ABSENT, Buffer, Context, encode_context
-from ..crypto import RecordCipher, generate_keys
-from ..envelope import VERSION_OFFSET, fixed_header, payload_aad
+from ..crypto import generate_keys
 from ..errors import InvalidInput, LimitExceeded, OpenKCMError, SecretMemoryError
 from ..keys import KeyService, Kind, Service
-from ..limits import KEY_ID_BYTES, WRAPPED_KEY_BYTES
 from ..waiting import waiting_of
 from .background import Background
 from .batches import (
     Contexts,
     Errors,
     as_list,
-    at_index,
     check_errors,
     encode_contexts,
     first_bad_subject,
     index_of,
     length_of,
+    one_by_one,
     part_of,
     settle,
     subjects_of,
 )
+from .ciphers import inline_cipher, stored_cipher
 from .column_opener import ColumnOpener
 from .columns import ColumnSealer
-from .into import write_row
+from .into import check_out, write_row, write_sealed
 from .keystore import KeyStore
 from .leases import Leases
 from .opener import Opener
@@ -73,8 +72,8 @@ class ServiceHandle:
         self._held, self._running = HeldKeys(core, service.tenant), RunningStreams(core, service)
         under_way = self._held, self._running
         self._subjects = SubjectKeys(core, store, service, self._leases, under_way, background.delivery)
-        self._inline = _cipher(Kind.INLINE, service, WRAPPED_KEY_BYTES)
-        self._stored = _cipher(Kind.STORED, service, KEY_ID_BYTES)
+        self._inline = inline_cipher(service)
+        self._stored = stored_cipher(service)
         self._opener = Opener(service, self._leases, self._subjects, self._inline, self._stored)
         self._rewrapper = Rewrapper(core, service, self._subjects)
         waiting = waiting_of(core)
@@ -125,7 +124,8 @@ class ServiceHandle:
         encoded = ABSENT if context is None else encode_context(context)
         if subject is not None:
             opened = self._subjects.open([subject])
-            return self._seal_subject(opened.keys, 0, 0, opened.ids, encoded, data, True)
+            sealed: bytes = self._seal_subject(opened.keys, 0, 0, opened.ids, encoded, data, True)
+            return sealed
         if not self._single_use:
             return self._encrypt_shared([data], encoded)[0]
         while True:
@@ -134,7 +134,10 @@ class ServiceHandle:
                 ready = self._pool.refill(ready)
             try:
                 position = ready.positions.pop()
-                return self._seal_one(ready.keys, position, ready.version, ready.wrapped, encoded, data, True)
+                sealed = self._seal_one(
+                    ready.keys, position, ready.version, ready.wrapped, encoded, data, True
+                )
+                return sealed
             except IndexError:
                 self._pool.refill(ready)  # used up, perhaps by other threads; the next look finds new ones
             except SecretMemoryError:
@@ -180,9 +183,17 @@ class ServiceHandle:
             how many bytes were written, from the first one on.
 
         Raises:
-            as ``encrypt``; ``out`` is as it was where it does not fit, and zeroed where the key fails.
+            as ``encrypt``; then ``out`` is as it was, or zeroed.
         """
-        return write_row(self.encrypt_column, data, out, context=context, subject=subject)
+        encoded = ABSENT if context is None else encode_context(context)
+        check_out(out)
+        if subject is not None:
+            opened = self._subjects.open([subject])
+            written: int = self._seal_subject(opened.keys, 0, 0, opened.ids, encoded, data, True, out)
+            return written
+        if not self._single_use:
+            return write_row(self.encrypt_column, data, out, context=context)
+        return write_sealed(self._pool, self._seal_one, encoded, data, out)
 
     def decrypt_into(self, blob: Buffer, out: Any, *, context: Context = None) -> int:
         """Decrypt one record into a buffer, which its owner can zero, as he cannot zero bytes.
@@ -190,12 +201,22 @@ class ServiceHandle:
         Args:
             out: a writable buffer of at least the plaintext's size, and apart from ``blob``.
 
-        Returns:
-            how many bytes were written, from the first one on.
+        Returns: how many bytes were written, from the first one on.
 
         Raises:
             as ``decrypt``; no byte of what does not verify is left in ``out``.
         """
+        encoded = ABSENT if context is None else encode_context(context)
+        check_out(out)
+        leases = self._leases
+        if leases.kept:
+            size: int | None = self._open_kept(leases.kept, leases.stands, leases.clock, encoded, blob, out)
+            if size is not None:
+                return size
+        if (place := self._inline.place(blob)) is not None:
+            size = self._opener.open_inline(blob, place, encoded, out)  # type: ignore[arg-type]  # it is bytes
+            if size is not None:
+                return size
         return write_row(self.decrypt_column, blob, out, context=context)
 
     # ---- many records --------------------------------------------------------------------------------
@@ -231,7 +252,7 @@ class ServiceHandle:
         except OpenKCMError as error:
             if not in_place or error.index is None:
                 raise
-            return self._encrypt_each(items, context, each, names)
+            return one_by_one(self._encrypt_all, items, context, each, names)
 
     def decrypt_many(
         self,
@@ -449,22 +470,6 @@ class ServiceHandle:
                 raise
         return results
 
-    def _encrypt_each(
-        self, items: list[Any], context: Context, contexts: list[Context] | None, names: list[str] | None
-    ) -> list[Any]:
-        """Find the records that cannot be encrypted and encrypt the others."""
-        results: list[Any] = []
-        for at, item in enumerate(items):
-            try:
-                some = names if names is None or len(names) == 1 else names[at : at + 1]
-                one = encode_contexts(context, None if contexts is None else contexts[at : at + 1], 1)
-                results += self._encrypt_all([item], one, some)
-            except OpenKCMError as error:
-                if error.index is None:
-                    raise
-                results.append(at_index(error, at))
-        return results
-
     # ---- what the Gateway tells ----------------------------------------------------------------------
 
     def wipe(self) -> None:
@@ -493,8 +498,3 @@ class ServiceHandle:
         self._subjects.after_fork()
         self._leases.after_fork()
         self._held.after_fork()
-
-
-def _cipher(kind: Kind, service: Service, middle_bytes: int) -> RecordCipher:
-    head = fixed_header(kind, service.service_id, 0 if kind.stored else 1)[:VERSION_OFFSET]
-    return RecordCipher(head, middle_bytes, kind.stored, payload_aad(kind, service.service_id))
