@@ -33,6 +33,20 @@ cdef inline const uint8_t *held_middle(const Held *held, Py_ssize_t number, int 
     return held.middles[number // held.stride] + (number % held.stride) * size
 
 
+cdef inline int begin_chain(Gcm *context, const Block *block, const Held *held, int chain, int size,
+                            const uint8_t **key, const uint8_t **middle) noexcept nogil:
+    """Have the key and the middle part, of ``size`` bytes, of a chain's rows at hand; its first row's place in the block."""
+    cdef int at = block.heads[block.chains[chain]]
+    cdef Py_ssize_t number = <Py_ssize_t>block.keys[at]
+    key[0], middle[0] = held_key(held, number), held_middle(held, number, size)
+    context.brief = block.nexts[at] < 0
+    if chain + 1 < block.chain_count:
+        number = <Py_ssize_t>block.keys[block.heads[block.chains[chain + 1]]]
+        okc_prefetch(held_key(held, number))
+        okc_prefetch(held_middle(held, number, size))
+    return at
+
+
 # ---- sealing -------------------------------------------------------------------------------------------
 
 def seal_named(RecordCipher cipher not None, Cells cells not None, contexts, Places places not None, Py_ssize_t start,
@@ -101,20 +115,12 @@ cdef int seal_blocks(RecordCipher cipher, Cells cells, Cells names, Run *run, Pl
 
 cdef int seal_block(RecordCipher cipher, Gcm *context, Run *run, Places places, Block *block,
                     const Held *held) noexcept nogil:
-    cdef const uint8_t *key
-    cdef const uint8_t *middle
-    cdef Py_ssize_t near
+    cdef const uint8_t *key = NULL
+    cdef const uint8_t *middle = NULL
     cdef int chain, at, status
     order_block(block)
     for chain in range(block.chain_count):
-        at = block.heads[block.chains[chain]]
-        key = held_key(held, block.keys[at])
-        middle = held_middle(held, block.keys[at], cipher.middle_size)
-        context.brief = block.nexts[at] < 0
-        if chain + 1 < block.chain_count:
-            near = <Py_ssize_t>block.keys[block.heads[block.chains[chain + 1]]]
-            okc_prefetch(held_key(held, near))
-            okc_prefetch(held_middle(held, near, cipher.middle_size))
+        at = begin_chain(context, block, held, chain, cipher.middle_size, &key, &middle)
         while at >= 0:
             status = run_row(run, block.rows[at])
             if status == FOUND:
@@ -212,20 +218,12 @@ cdef int open_blocks(RecordCipher cipher, Run *run, Places places, Py_ssize_t st
 
 cdef int open_block(RecordCipher cipher, Gcm *context, Run *run, Places places, Block *block,
                     const Held *held, uint8_t *scratch, Refused *refused) noexcept nogil:
-    cdef const uint8_t *key
-    cdef const uint8_t *middle
-    cdef Py_ssize_t near
+    cdef const uint8_t *key = NULL
+    cdef const uint8_t *middle = NULL
     cdef int chain, at, status
     order_block(block)
     for chain in range(block.chain_count):
-        at = block.heads[block.chains[chain]]
-        key = held_key(held, block.keys[at])
-        middle = held_middle(held, block.keys[at], cipher.middle_size)
-        context.brief = block.nexts[at] < 0
-        if chain + 1 < block.chain_count:
-            near = <Py_ssize_t>block.keys[block.heads[block.chains[chain + 1]]]
-            okc_prefetch(held_key(held, near))
-            okc_prefetch(held_middle(held, near, cipher.middle_size))
+        at = begin_chain(context, block, held, chain, cipher.middle_size, &key, &middle)
         while at >= 0:
             status = run_row(run, block.rows[at])
             if status != FOUND or not cipher.takes(run.item.data, run.item.size):
