@@ -8,6 +8,8 @@ cdef extern from "pages.h" nogil:
     ctypedef struct okc_span:
         pass
     void okc_enlarge(size_t low, size_t high, int now)
+    int okc_heap_begin(size_t size)
+    void okc_heap_end(int begun)
     void okc_span_add(okc_span *span, const void *start, size_t size)
     void okc_span_end(okc_span *span)
 

@@ -187,11 +187,18 @@ cdef class Batch:
 
 cdef bytes new_output(Py_ssize_t size):
     """A bytes object for one result, of any size."""
-    cdef bytes output = PyBytes_FromStringAndSize(NULL, size)
+    cdef bytes output
     cdef size_t start
-    if size >= LARGE:
-        start = <size_t>PyBytes_AS_STRING(output)
-        okc_enlarge(start, start + <size_t>size, False)
+    cdef int begun
+    if size < LARGE:
+        return PyBytes_FromStringAndSize(NULL, size)
+    begun = okc_heap_begin(<size_t>size)
+    try:
+        output = PyBytes_FromStringAndSize(NULL, size)
+    finally:
+        okc_heap_end(begun)
+    start = <size_t>PyBytes_AS_STRING(output)
+    okc_enlarge(start, start + <size_t>size, False)
     return output
 
 

@@ -9,7 +9,10 @@
  *   - one large block that was given back waits for the next result of about its size: a caller who encrypts column
  *     after column, and lets go of each, writes into the same memory again. The system may take the pages of the block
  *     that waits whenever it is short of memory (MADV_FREE). Nothing of it is cleared: only what is no secret may lie
- *     in it.
+ *     in it;
+ *   - one record of 32 to 64 MiB, which is an object of the interpreter's and so cannot lie in that block, is taken from
+ *     the C library's heap, which keeps what is freed (heap.py), where it would be mapped anew each time. That heap is
+ *     the main thread's, the only one with room for so much: other threads' large records are mapped as ever.
  */
 #ifndef OPENKCM_PAGES_H
 #define OPENKCM_PAGES_H
@@ -17,8 +20,13 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#include <sys/syscall.h>
+#endif
 
 #define OKC_LARGE_PAGE ((size_t)2 << 20)
 #if !defined(MADV_COLLAPSE) && defined(__linux__)
@@ -153,6 +161,51 @@ static inline void okc_give_again(void *block, size_t room)
         (void)okc_spare_swap(&block, &room);
     }
     free(block);
+}
+
+/* ---- a large object in the C library's heap ----------------------------------------------------------------------- */
+
+/* Two of the largest records: one that is in use while the next is made. */
+#define OKC_HEAP_KEPT ((size_t)130 << 20)
+#define OKC_MMAPS_MOST 65536    /* what glibc begins with (mallopt(3), M_MMAP_MAX); it cannot be asked */
+
+/* Whether the C library's settings are its own. Who chose others wants them to stand. */
+static inline int okc_heap_untouched(void)
+{
+    static const char *const names[] = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_",
+                                        "MALLOC_TOP_PAD_"};
+    const char *tunables = getenv("GLIBC_TUNABLES");
+    for (size_t at = 0; at < sizeof names / sizeof *names; at++)
+        if (getenv(names[at]) != NULL)
+            return 0;
+    return tunables == NULL || strstr(tunables, "glibc.malloc.") == NULL;
+}
+
+/* Have what is allocated next lie in the heap, if it is a record of 32 to 64 MiB; whether okc_heap_end is due. */
+static inline int okc_heap_begin(size_t size)
+{
+#if defined(__GLIBC__) && !defined(Py_GIL_DISABLED)
+    static int kept;            /* 0 until it was tried, then 1, or -1: not to be */
+    if (size < OKC_SPARE_LEAST || size > OKC_SPARE_MOST + ((size_t)64 << 10) || kept < 0
+        || (pid_t)syscall(SYS_gettid) != getpid())
+        return 0;
+    if (kept == 0)
+        kept = okc_heap_untouched() && mallopt(M_TRIM_THRESHOLD, (int)OKC_HEAP_KEPT) == 1 ? 1 : -1;
+    return kept > 0 && mallopt(M_MMAP_MAX, 0) == 1;
+#else
+    (void)size;
+    return 0;
+#endif
+}
+
+static inline void okc_heap_end(int begun)
+{
+#ifdef __GLIBC__
+    if (begun)
+        (void)mallopt(M_MMAP_MAX, OKC_MMAPS_MOST);
+#else
+    (void)begun;
+#endif
 }
 
 #endif
