@@ -97,6 +97,35 @@ def test_each_row_has_a_key_and_a_nonce_of_its_own(service: ServiceHandle) -> No
     assert len({cell[24:96] for cell in cells}) == len({cell[96:108] for cell in cells}) == 2000
 
 
+class Counting:
+    """How the threads of a call wait, and how many it asked for."""
+
+    def __init__(self, waiting: Any) -> None:
+        self._waiting = waiting
+        self.counts: list[int] = []
+
+    def together(self, count: int, work: Callable[[], None]) -> None:
+        self.counts.append(count)
+        self._waiting.together(count, work)
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "threads"), [(5, 1 << 20, [2]), (8, 1 << 16, []), (1, 5 << 20, []), (100, 1 << 16, [3])]
+)
+@pytest.mark.parametrize("keys", [1, 1 << 20])
+def test_few_rows_are_shared_out_if_they_are_large(
+    core: openkcm.Core, rows: int, size: int, threads: list[int], keys: int
+) -> None:
+    service = other(core, policy=DataKeyPolicy(records=keys))
+    column = pa.array([bytes([at]) * size for at in range(rows)])
+    sealer, opener = service._sealer, service._column_opener
+    sealer._waiting = opener._waiting = counting = Counting(sealer._waiting)  # type: ignore[assignment]
+    sealed = service.encrypt_column(column, threads=3)
+    assert counting.counts == threads
+    assert service.decrypt_column(sealed, threads=3).equals(column)
+    assert counting.counts == threads * 2
+
+
 @pytest.mark.parametrize(
     "policy",
     [DataKeyPolicy(records=700), DataKeyPolicy(records=2**20, bytes=4000), DataKeyPolicy(records=2**31)],

@@ -27,6 +27,9 @@ RUN_BYTES: Final = 16 * 1024 * 1024
 SHARES: Final = 4
 """Runs a thread of a short column, so that one that was held up does not keep the others waiting."""
 
+PART_BYTES: Final = 2 * 1024 * 1024
+"""What would be one run is shared out where its rows are large, in parts of no less: 0.2 ms, or a call to the Core."""
+
 LAST_RUNS: Final = 8
 """Into how many parts the last runs are cut, at most, so that all threads end at about the same time."""
 
@@ -44,14 +47,17 @@ def check_threads(threads: object) -> int:
 
 def share(places: Places, rows: int, threads: int, work: Work, waiting: Waiting) -> None:
     """Call ``work(start, stop)`` for runs of at most ``rows`` rows until all are done, in up to so many threads."""
-    if threads == 1 or places.count <= rows:
+    parts = SHARES * threads
+    if places.count <= rows:
+        parts = min(parts, places.total // PART_BYTES, places.count)
+    if threads == 1 or parts <= 1:
         start = 0
         while start < places.count:
             stop = places.stop_for(start, rows, RUN_BYTES)
             work(start, stop)
             start = stop
         return
-    rows = min(rows, -(-places.count // (SHARES * threads)))
+    rows = min(rows, -(-places.count // parts))
     threads = min(threads, -(-places.count // rows))
     runs = _Runs(places, rows, threads, work)
     waiting.together(threads, runs.work)
