@@ -25,7 +25,7 @@ NOTHING: Final = 5
 """Every row is null."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Part:
     """A run of rows of one layout (Arrow Columnar Format 1.5, "Physical Memory Layout").
 

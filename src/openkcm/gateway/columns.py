@@ -74,8 +74,9 @@ class Job:
             except (TypeError, ValueError):
                 raise InvalidInput("out= is a buffer of plain bytes or numbers") from None
         bound = [self.contexts.cells] if isinstance(self.contexts, RowContexts) else []
-        if any(each.overlaps(view) for each in (self.cells, *bound, *others)):
-            raise InvalidInput("out= overlaps a buffer that is read")
+        for each in (self.cells, *bound, *others):
+            if each.overlaps(view):
+                raise InvalidInput("out= overlaps a buffer that is read")
         self.places.attach(view)
 
     def share(self, rows: int, work: Callable[[int, int], None]) -> None:

@@ -7,11 +7,11 @@ it; everything else speaks Arrow's PyCapsule interface or the buffer protocol. N
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from ..crypto import CODES, FIXED, NOTHING, OFFSETS, VIEWS, Part, read_array, read_stream
 from ..errors import InvalidInput, OpenKCMError
@@ -32,8 +32,7 @@ WANTED: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(NamedTuple):
     """A caller's column: where its rows are, and what shape the caller's result has.
 
     ``wide`` asks for 64-bit offsets; ``lengths`` are those of the chunks of a chunked array.
@@ -170,31 +169,18 @@ def _count(buffers: Sequence[Any], wanted: int, name: str) -> None:
 
 def _pyarrow_part(pyarrow: Any, column: Any, name: str) -> Part:
     """As through the capsules, but its buffers tell their sizes, so that offsets past the end are noticed."""
+    kind = column.type
+    layout = _pyarrow_layouts(pyarrow).get(kind.id)
+    if layout is not None:
+        return _part(layout, len(column), column.offset, column.buffers(), (), None, column, name)
     if isinstance(column, pyarrow.ExtensionArray):
-        column = column.storage
+        return _pyarrow_part(pyarrow, column.storage, name)
     if isinstance(column, pyarrow.DictionaryArray):
-        values = _pyarrow_part(pyarrow, column.dictionary, name)
-        codes = column.indices
-        return _part(
-            _pyarrow_code(codes.type),
-            len(codes),
-            codes.offset,
-            codes.buffers(),
-            (),
-            values,
-            column,
-            name,
-        )
-    return _part(
-        _pyarrow_format(pyarrow.types, column.type),
-        len(column),
-        column.offset,
-        column.buffers(),
-        (),
-        None,
-        column,
-        name,
-    )
+        values, codes = _pyarrow_part(pyarrow, column.dictionary, name), column.indices
+        layout = _pyarrow_code(codes.type)
+        return _part(layout, len(codes), codes.offset, codes.buffers(), (), values, column, name)
+    layout = f"w:{kind.byte_width}" if pyarrow.types.is_fixed_size_binary(kind) else str(kind)
+    return _part(layout, len(column), column.offset, column.buffers(), (), None, column, name)
 
 
 def _pyarrow_code(kind: Any) -> str:
@@ -202,30 +188,21 @@ def _pyarrow_code(kind: Any) -> str:
     return letter.upper() if str(kind).startswith("u") else letter
 
 
-def _pyarrow_format(types: Any, kind: Any) -> str:
-    for letter, check in (
-        ("z", types.is_binary),
-        ("u", types.is_string),
-        ("Z", types.is_large_binary),
-        ("U", types.is_large_string),
-        ("vz", getattr(types, "is_binary_view", None)),
-        ("vu", getattr(types, "is_string_view", None)),
-        ("n", types.is_null),
-    ):
-        if check is not None and check(kind):
-            return letter
-    if types.is_fixed_size_binary(kind):
-        return f"w:{kind.byte_width}"
-    return str(kind)
+@functools.cache
+def _pyarrow_layouts(pyarrow: Any) -> Mapping[int, str]:
+    """Arrow's format strings by pyarrow's numbers of types; versions before 16 know no views."""
+    makers = {
+        "binary": "z", "string": "u", "large_binary": "Z", "large_string": "U", "binary_view": "vz",
+        "string_view": "vu", "null": "n",
+    }  # fmt: skip
+    return {getattr(pyarrow, name)().id: layout for name, layout in makers.items() if hasattr(pyarrow, name)}
 
 
 def _to_pyarrow(column: Column) -> Any:
     pyarrow = sys.modules["pyarrow"]
     kind = ("large_" if column.large else "") + ("string" if column.text else "binary")
-    buffers = [
-        None if each is None else pyarrow.py_buffer(each)
-        for each in (column.validity, column.offsets, column.data)
-    ]
+    wrap, validity = pyarrow.py_buffer, column.validity
+    buffers = [None if validity is None else wrap(validity), wrap(column.offsets), wrap(column.data)]
     return pyarrow.Array.from_buffers(getattr(pyarrow, kind)(), len(column), buffers, column.null_count)
 
 
