@@ -18,6 +18,7 @@ import pytest
 
 import openkcm
 from openkcm import crypto
+from openkcm.envelope import STORED_OVERHEAD
 from openkcm.errors import FormatError, InvalidInput
 from openkcm.gateway import ServiceHandle, columns
 from support import ON_FAST, refused, run_python
@@ -166,6 +167,28 @@ def test_offsets_are_not_followed_to_where_no_row_was(
     meanwhile(move)
     out = bytearray(b"\xaa" * (20 * len(TEXT)))
     error = refused(lambda: service.decrypt_column(Bare([column]), out=out), InvalidInput)
+    assert "changed" in str(error) or "malformed" in str(error)
+    assert not any(out), "something is left in the result"
+
+
+@pytest.mark.parametrize("code", [1, 2, 3, -1], ids=["not seen", "null", "past the end", "negative"])
+def test_codes_of_subjects_that_were_not_there_when_all_were_opened(
+    service: ServiceHandle, meanwhile: Callable[..., None], code: int
+) -> None:
+    codes = np.zeros(ROWS, np.int8)
+    names = pa.array(["ann", "bob", None])
+    coded = pa.Array.from_buffers(names.type, 3, names.buffers())
+    subjects = pa.DictionaryArray.from_arrays(
+        pa.Array.from_buffers(pa.int8(), ROWS, [None, pa.py_buffer(codes)]), coded
+    )
+
+    def change() -> None:
+        codes[ROWS // 2] = code
+
+    meanwhile(change)
+    out = bytearray(b"\xaa" * (ROWS * (STORED_OVERHEAD + len(TEXT))))
+    column = pa.array([TEXT] * ROWS)
+    error = refused(lambda: service.encrypt_column(column, subjects=subjects, out=out), InvalidInput)
     assert "changed" in str(error) or "malformed" in str(error)
     assert not any(out), "something is left in the result"
 

@@ -162,3 +162,35 @@ def test_two_bad_rows(service: ServiceHandle, threads: int) -> None:
     error = refused(lambda: service.decrypt_column(pa.array(blobs), threads=threads, out=out), DecryptError)
     assert error.index == 10  # type: ignore[attr-defined]
     assert not any(out[: 1999 * 64])
+
+
+@pytest.mark.parametrize("rows", [6, 3000])
+def test_subjects_of_a_dictionary_that_says_a_name_twice(core: openkcm.Core, rows: int) -> None:
+    """Chunks with dictionaries of their own, with nulls, unused values, and more values than rows."""
+    service = openkcm.Gateway(core).service("acme", "records")
+    values = [["ann", "bob", "ann", None, "cy"], [f"unused {at}" for at in range(5000)] + ["bob", "ann"]]
+    codes = [[(0, 1, 2, 4)[at % 4] for at in range(rows)], [5000 + at % 2 for at in range(rows)]]
+    chunks = [
+        pa.DictionaryArray.from_arrays(pa.array(code, pa.int32()), pa.array(value)).slice(1)
+        for code, value in zip(codes, values, strict=True)
+    ]
+    names = [value[code] for chunk, value in zip(codes, values, strict=True) for code in chunk[1:]]
+    column = pa.array([f"row {at}" for at in range(len(names))])
+    sealed = service.encrypt_column(column, subjects=pa.chunked_array(chunks), threads=2)
+    assert service.decrypt_column(sealed, text=True).to_pylist() == column.to_pylist()
+    keys: dict[bytes, set[str | None]] = {}
+    for name, cell in zip(names, sealed.to_pylist(), strict=True):
+        keys.setdefault(cell[24:40], set()).add(name)
+    assert sorted(map(sorted, keys.values())) == [["ann"], ["bob"], ["cy"]]  # type: ignore[arg-type, type-var]
+    service.shred("bob")
+    opened, _ = service.decrypt_column(sealed, errors="null", text=True)
+    kept = [None if name == "bob" else row for name, row in zip(names, column.to_pylist(), strict=True)]
+    assert opened.to_pylist() == kept
+
+
+def test_a_code_whose_value_is_null_has_no_subject(service: ServiceHandle) -> None:
+    names = pa.DictionaryArray.from_arrays(pa.array([0, 0, 1, 0], pa.int8()), pa.array(["ann", None]))
+    error = refused(lambda: service.encrypt_column(pa.array([b"x"] * 4), subjects=names), InvalidInput)
+    assert error.index == 2
+    sealed = service.encrypt_column(pa.array([b"x", b"x", None, b"x"]), subjects=names)
+    assert service.decrypt_column(sealed).to_pylist() == [b"x", b"x", None, b"x"]

@@ -131,11 +131,16 @@ cdef inline int piece_cell(const Piece *piece, Py_ssize_t at, const uint8_t **da
     return MISSING
 
 
-cdef inline int find_cell(const Piece *pieces, const Py_ssize_t *firsts, Py_ssize_t *piece, Py_ssize_t at,
-                          const uint8_t **data, Py_ssize_t *size) noexcept nogil:
-    """Point at the bytes of row ``at``, which is in the column; ``piece`` remembers where the last one was."""
+cdef inline void find_piece(const Py_ssize_t *firsts, Py_ssize_t *piece, Py_ssize_t at) noexcept nogil:
+    """Find the piece that has row ``at``, which is in the column, from where the last one was."""
     while at >= firsts[piece[0] + 1]:
         piece[0] += 1
     while at < firsts[piece[0]]:
         piece[0] -= 1
+
+
+cdef inline int find_cell(const Piece *pieces, const Py_ssize_t *firsts, Py_ssize_t *piece, Py_ssize_t at,
+                          const uint8_t **data, Py_ssize_t *size) noexcept nogil:
+    """Point at the bytes of row ``at``, which is in the column; ``piece`` remembers where the last one was."""
+    find_piece(firsts, piece, at)
     return piece_cell(pieces + piece[0], at - firsts[piece[0]], data, size)

@@ -10,7 +10,7 @@ from libc.stdlib cimport free
 from libc.string cimport memset
 
 from .aead cimport BROKEN, DONE, REFUSED, SMALL, RecordCipher
-from .cells cimport FOUND, MISSING, Cells, find_cell
+from .cells cimport FOUND, MISSING, Cells, find_cell, find_piece
 from .column cimport Refused, check_call, open_row, refuse, seal_row, settle, told
 from .gcm cimport Gcm, gcm_begin, gcm_end
 from .openssl cimport *
@@ -18,7 +18,7 @@ from .places cimport Places, okc_prefetch
 from .ring cimport BLOCK, Block, Held, KeyRing, order_block
 from .run cimport CHANGED, Run, run_end, run_place, run_row, run_start
 from .secret cimport *
-from .table cimport SOUGHT, Sought, Table, seek, seek_ids
+from .table cimport SOUGHT, Sought, Table, begin_search, mark_of, seek, seek_ids, take_known
 from .turns cimport turn_begin, turn_end
 
 cdef enum:
@@ -75,6 +75,7 @@ cdef int seal_blocks(RecordCipher cipher, Cells cells, Cells names, Run *run, Pl
     cdef Block block
     cdef Sought sought
     cdef const uint8_t *data = NULL
+    cdef const uint32_t *mark
     cdef Py_ssize_t at = start, number, size = 0, piece = 0, other = 0
     cdef int status = DONE, found
     if gcm_begin(&context, True, False) != DONE:
@@ -82,13 +83,18 @@ cdef int seal_blocks(RecordCipher cipher, Cells cells, Cells names, Run *run, Pl
         return BROKEN
     block.count = 0
     while at < stop and status == DONE:
-        sought.count = 0
+        begin_search(&sought)
         while at < stop and sought.count < SOUGHT:
             if not cells.nulls or find_cell(cells.pieces, cells.firsts, &piece, at, &data, &size) == FOUND:
-                if find_cell(names.pieces, names.firsts, &other, at, &data, &size) != FOUND:
+                find_piece(names.firsts, &other, at)
+                mark = mark_of(table, names.pieces, names.firsts, other, at)
+                if mark != NULL and mark[0]:
+                    take_known(&sought, at, <Py_ssize_t>mark[0] - 1)
+                elif find_cell(names.pieces, names.firsts, &other, at, &data, &size) == FOUND:
+                    seek(&sought, at, data, size)
+                else:
                     status = CHANGED
                     break
-                seek(&sought, at, data, size)
             at += 1
         if status != DONE:
             break

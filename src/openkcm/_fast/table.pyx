@@ -3,7 +3,8 @@
 """The distinct values of a column: subjects by name, stored data keys by id.
 
 Invariant: a table is filled by one thread and only read from then on. It points into the column, which it holds, and
-its hash has a random seed: who chooses the names cannot choose where they fall.
+its hash has a random seed: who chooses the names cannot choose where they fall. Of a dictionary each value is looked up
+once, and its rows are found by their codes.
 """
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
@@ -12,7 +13,7 @@ from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcmp
 
 from .aead cimport RecordCipher
-from .cells cimport FOUND, Cells, Piece, find_cell
+from .cells cimport CODES, FOUND, Cells, Piece, find_cell, find_piece
 from .gcm cimport random_public
 from .places cimport okc_hash, okc_prefetch
 from .secret cimport internal_error, invalid_error
@@ -39,8 +40,12 @@ cdef class Table:
             raise internal_error()("the random generator failed")
 
     def __dealloc__(self):
+        cdef Py_ssize_t piece
         free(self.entries)
         free(self.slots)
+        for piece in range(self.marked_pieces):
+            free(self.marks[piece])
+        free(self.marks)
 
     def __len__(self):
         return self.count
@@ -49,20 +54,28 @@ cdef class Table:
         """Take in the name of each row that is not null in ``cells``; the first row without a name, or -1."""
         cdef Sought sought
         cdef const uint8_t *data = NULL
+        cdef uint32_t *mark
         cdef Py_ssize_t at = 0, size = 0, piece = 0, other = 0
         cdef int status = FOUND
         if names.count != cells.count:
             raise invalid_error()(f"there are {cells.count} records and {names.count} subjects")
+        if self.count or self.marks != NULL:
+            raise invalid_error()("a table takes the names of one column")
         self.held.append(names)
+        self.mark_codes(names.pieces, names.piece_count, names.count)
         with nogil:
             while at < cells.count and status == FOUND:
-                sought.count = 0
+                begin_search(&sought)
                 while at < cells.count and sought.count < SOUGHT:
                     if not cells.nulls or find_cell(cells.pieces, cells.firsts, &other, at, &data, &size) == FOUND:
-                        status = find_cell(names.pieces, names.firsts, &piece, at, &data, &size)
-                        if status != FOUND:
-                            break
-                        seek(&sought, at, data, size)
+                        find_piece(names.firsts, &piece, at)
+                        mark = mark_of(self, names.pieces, names.firsts, piece, at)
+                        if mark == NULL or mark[0] == 0:
+                            status = find_cell(names.pieces, names.firsts, &piece, at, &data, &size)
+                            if status != FOUND:
+                                break
+                            seek(&sought, at, data, size)
+                            sought.marks[sought.count - 1] = mark
                     at += 1
                 if self.add_all(&sought) != FOUND:
                     status = -2
@@ -100,6 +113,20 @@ cdef class Table:
             raise IndexError(number)
         return self.entries[number].row
 
+    cdef int mark_codes(self, const Piece *pieces, Py_ssize_t count, Py_ssize_t rows) except -1:
+        """Make room for the numbers of each dictionary's values, unless it has more of them than the column has rows."""
+        cdef Py_ssize_t piece
+        self.marks = <uint32_t **>calloc(<size_t>count + 1, sizeof(uint32_t *))
+        if self.marks == NULL:
+            raise MemoryError()
+        self.marked_pieces = count
+        for piece in range(count):
+            if pieces[piece].layout == CODES and pieces[piece].values.count <= rows:
+                self.marks[piece] = <uint32_t *>calloc(<size_t>pieces[piece].values.count + 1, sizeof(uint32_t))
+                if self.marks[piece] == NULL:
+                    raise MemoryError()
+        return 0
+
     cdef int grow(self) noexcept nogil:
         """Twice the room; a slot has half a hash above and a number, from 1 on, below."""
         cdef Entry *entries = <Entry *>realloc(self.entries, <size_t>self.room * 2 * sizeof(Entry))
@@ -129,7 +156,9 @@ cdef class Table:
         cdef int number
         self.prepare(sought)
         for number in range(sought.count):
-            if self.find(sought.data[number], sought.sizes[number], sought.hashes[number]) >= 0:
+            sought.numbers[number] = self.find(sought.data[number], sought.sizes[number], sought.hashes[number])
+            if sought.numbers[number] >= 0:
+                note(sought, number)
                 continue
             if self.count == MOST or (self.count == self.room and self.grow() != FOUND):
                 return -1
@@ -141,21 +170,29 @@ cdef class Table:
             self.entries[self.count].data = sought.data[number]
             self.entries[self.count].size = sought.sizes[number]
             self.entries[self.count].row = sought.rows[number]
+            sought.numbers[number] = self.count
+            note(sought, number)
             self.count += 1
         return FOUND
 
     cdef void find_all(self, Sought *sought) noexcept nogil:
         """Set each value's number, -1 where it is not there."""
         cdef int number
+        if sought.unknown == 0:
+            return
         self.prepare(sought)
         for number in range(sought.count):
-            sought.numbers[number] = self.find(sought.data[number], sought.sizes[number], sought.hashes[number])
+            if sought.numbers[number] < 0:
+                sought.numbers[number] = self.find(sought.data[number], sought.sizes[number], sought.hashes[number])
 
     cdef void prepare(self, Sought *sought) noexcept nogil:
         """Set the hashes, and have what they lead to come from memory side by side: each step waits for the one before."""
         cdef uint64_t mask = <uint64_t>self.room * 2 - 1, slot
         cdef int number
         for number in range(sought.count):
+            # What is known already takes part with a hash of nothing, which is cheaper than to ask each time.
+            if sought.numbers[number] >= 0:
+                sought.data[number], sought.sizes[number] = NULL, 0
             sought.hashes[number] = okc_hash(sought.data[number], <size_t>sought.sizes[number], self.seed)
             okc_prefetch(self.slots + (sought.hashes[number] & mask))
         for number in range(sought.count):
@@ -183,12 +220,17 @@ cdef class Table:
             at = (at + 1) & mask
 
 
+cdef inline void note(Sought *sought, int number) noexcept nogil:
+    if sought.marks[number] != NULL:
+        sought.marks[number][0] = <uint32_t>(sought.numbers[number] + 1)
+
+
 cdef Py_ssize_t seek_ids(Sought *sought, RecordCipher cipher, const Piece *pieces, const Py_ssize_t *firsts, Py_ssize_t *piece,
                          Py_ssize_t at, Py_ssize_t stop) noexcept nogil:
     """Seek the ids of the next records of this cipher from row ``at`` on; the row at which it ends."""
     cdef const uint8_t *data = NULL
     cdef Py_ssize_t size = 0
-    sought.count = 0
+    begin_search(sought)
     while at < stop and sought.count < SOUGHT:
         if find_cell(pieces, firsts, piece, at, &data, &size) == FOUND and cipher.takes(data, size) and cipher.version(data) == 0:
             seek(sought, at, cipher.middle(data), cipher.middle_size)
