@@ -169,7 +169,8 @@ static inline void okc_give_again(void *block, size_t room)
 #define OKC_HEAP_KEPT ((size_t)130 << 20)
 #define OKC_MMAPS_MOST 65536    /* what glibc begins with (mallopt(3), M_MMAP_MAX); it cannot be asked */
 
-/* Whether the C library's settings are its own. Who chose others wants them to stand. */
+/* Whether the C library's settings are its own, as far as can be seen: who chose others wants them to stand. What a program set
+ * with mallopt itself cannot be asked for. */
 static inline int okc_heap_untouched(void)
 {
     static const char *const names[] = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_",
