@@ -6,6 +6,7 @@ Invariant: a segment's nonce is used once; the counter moves only forwards; the 
 stream, and so does one that does not verify.
 """
 
+cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdint cimport uint8_t
 from libc.string cimport memcpy, memset
@@ -81,36 +82,40 @@ cdef class StreamCipher:
         return self.subkey.wiped
 
     cdef int next_segment(self, uint8_t *nonce, bint last) except -1:
-        """Set the nonce of the next segment; each is used once."""
-        if self.ended or self.counter > 0xFFFFFFFF:
-            raise limit_error()("the stream has ended, or is over 2**32 segments")
+        """Set the nonce of the next segment; each is used once. Returns how many bytes its commitment has."""
+        cdef unsigned long long number
+        # Without a GIL, two threads would be given one number; nothing in here lets go of the section.
+        with cython.critical_section(self):
+            number = self.counter
+            if self.ended or number > 0xFFFFFFFF:
+                raise limit_error()("the stream has ended, or is over 2**32 segments")
+            self.counter = number + 1
+            if last:
+                self.ended = True
         memcpy(nonce, self.start + 12, 7)
-        nonce[7] = <uint8_t>(self.counter >> 24)
-        nonce[8] = <uint8_t>((self.counter >> 16) & 255)
-        nonce[9] = <uint8_t>((self.counter >> 8) & 255)
-        nonce[10] = <uint8_t>(self.counter & 255)
+        nonce[7] = <uint8_t>(number >> 24)
+        nonce[8] = <uint8_t>((number >> 16) & 255)
+        nonce[9] = <uint8_t>((number >> 8) & 255)
+        nonce[10] = <uint8_t>(number & 255)
         nonce[11] = 1 if last else 0
-        self.counter += 1
-        self.ended = last
-        return 0
+        return 0 if number else COMMITMENT
 
     def seal(self, data, bint last):
         """Seal the next segment: its ciphertext and tag, with the commitment before it in the first."""
         cdef Item item
         cdef uint8_t nonce[NONCE]
         cdef list held = []
-        cdef int lead = COMMITMENT if self.counter == 0 else 0
         cdef uint8_t *key
         cdef bytes output
-        cdef int status
+        cdef int lead, status
         pin(data, &item.data, &item.size, held, ALONE)
         if item.size > SEGMENT:
             raise limit_error()("a segment has at most 65,536 bytes")
-        output = PyBytes_FromStringAndSize(NULL, lead + item.size + TAG)
-        item.output = <uint8_t *>PyBytes_AS_STRING(output)
         key = self.subkey.enter()
         try:
-            self.next_segment(nonce, last)
+            lead = self.next_segment(nonce, last)
+            output = PyBytes_FromStringAndSize(NULL, lead + item.size + TAG)
+            item.output = <uint8_t *>PyBytes_AS_STRING(output)
             with nogil:
                 status = seal_segment(key, nonce, self.aad_data, self.aad_size, &item, lead)
         finally:
@@ -124,19 +129,18 @@ cdef class StreamCipher:
         cdef Item item
         cdef uint8_t nonce[NONCE]
         cdef list held = []
-        cdef int lead = COMMITMENT if self.counter == 0 else 0
         cdef uint8_t *key
         cdef bytes output
-        cdef int status
+        cdef int lead, status
         pin(data, &item.data, &item.size, held, ALONE)
-        if not lead + TAG <= item.size <= lead + SEGMENT + TAG:
-            self.ended = True
-            return None
-        output = PyBytes_FromStringAndSize(NULL, item.size - lead - TAG)
-        item.output = <uint8_t *>PyBytes_AS_STRING(output)
         key = self.subkey.enter()
         try:
-            self.next_segment(nonce, last)
+            lead = self.next_segment(nonce, last)
+            if not lead + TAG <= item.size <= lead + SEGMENT + TAG:
+                self.ended = True
+                return None
+            output = PyBytes_FromStringAndSize(NULL, item.size - lead - TAG)
+            item.output = <uint8_t *>PyBytes_AS_STRING(output)
             with nogil:
                 status = open_segment(key, nonce, self.aad_data, self.aad_size, &item, lead)
         finally:

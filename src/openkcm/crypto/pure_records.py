@@ -7,6 +7,7 @@ Invariant: plaintext leaves only after its tag and its commitment verified; ever
 from __future__ import annotations
 
 import os
+import threading
 from array import array
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -424,6 +425,7 @@ class StreamCipher:
         self._subkey = import_keys(xaes_subkey(key, start))
         self._start = start
         self._aad = aad
+        self._counting = threading.Lock()
         self._counter = 0
         self._ended = False
 
@@ -441,32 +443,35 @@ class StreamCipher:
         """Whether the subkey is gone."""
         return self._subkey.wiped
 
-    def _next(self, last: bool) -> tuple[AESGCM, bytes]:
+    def _next(self, last: bool) -> tuple[AESGCM, bytes, bytes]:
+        """The cipher, the nonce and the commitment of the next segment."""
         with self._subkey as key:
-            if self._ended or self._counter >= MAX_SEGMENTS:
-                raise LimitExceeded("the stream has ended, or is over 2**32 segments")
-            nonce = self._start[HALF:] + self._counter.to_bytes(4, "big") + bytes((last,))
-            self._counter += 1
-            self._ended = last
-            return AESGCM(bytes(key)), nonce
+            with self._counting:
+                number = self._counter
+                if self._ended or number >= MAX_SEGMENTS:
+                    raise LimitExceeded("the stream has ended, or is over 2**32 segments")
+                self._counter = number + 1
+                if last:
+                    self._ended = True
+            nonce = self._start[HALF:] + number.to_bytes(4, "big") + bytes((last,))
+            return AESGCM(bytes(key)), nonce, b"" if number else _ZEROS
 
     def seal(self, data: Any, last: bool) -> bytes:
         """Seal the next segment: its ciphertext and tag, with the commitment before it in the first."""
         item = _bytes_of(data, None)
         if len(item) > SEGMENT_BYTES:
             raise LimitExceeded("a segment has at most 65,536 bytes")
-        lead = _ZEROS if self._counter == 0 else b""
-        cipher, nonce = self._next(bool(last))
+        cipher, nonce, lead = self._next(bool(last))
         return cipher.encrypt(nonce, lead + item, self._aad)
 
     def open(self, data: Any, last: bool) -> bytes | None:
         """Open the next segment; None when it does not verify, after which the stream is over."""
         item = _bytes_of(data, None)
-        lead = COMMITMENT_BYTES if self._counter == 0 else 0
+        cipher, nonce, commitment = self._next(bool(last))
+        lead = len(commitment)
         if not lead + TAG_BYTES <= len(item) <= lead + SEGMENT_BYTES + TAG_BYTES:
             self._ended = True
             return None
-        cipher, nonce = self._next(bool(last))
         try:
             opened = cipher.decrypt(nonce, item, self._aad)
         except InvalidTag:

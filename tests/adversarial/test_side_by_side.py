@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What threads do to each other's objects. With a GIL much of this cannot go wrong; without one it ended in chaos."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import pytest
+
+from crowd import Going, crowd
+from openkcm import crypto
+from openkcm.errors import LimitExceeded, SecretMemoryError
+from openkcm.gateway import ServiceHandle
+
+TAG_BYTES = 16
+COMMITMENT_BYTES = 32
+NONCE_AT = 20 + 4 + 72
+"""Where an inline envelope has its nonce (docs/formats.md)."""
+
+LAYOUT = crypto.RecordCipher(b"H" * 20, 72, False, b"aad")
+
+
+def record(size: int) -> bytes:
+    """A record of the layout under a key that nobody has."""
+    sealed: bytes = LAYOUT.seal_one(
+        crypto.generate_keys(1), 0, 1, os.urandom(72), b"context", os.urandom(size)
+    )
+    return sealed
+
+
+# ---- lists and dicts -----------------------------------------------------------------------------------------
+
+
+# ---- nonces and keys -----------------------------------------------------------------------------------------
+
+
+def test_no_segment_of_a_stream_has_the_nonce_of_another() -> None:
+    """All threads seal the same segment: two that come out alike had one nonce."""
+    for _ in range(20):
+        keys = crypto.generate_keys(1)
+        cipher = crypto.StreamCipher(keys, 0, b"aad", None)
+        sealed: list[bytes] = []
+
+        def seal(going: Going, cipher: crypto.StreamCipher = cipher, sealed: list[bytes] = sealed) -> None:
+            while going():
+                sealed.append(cipher.seal(bytes(64), False))
+
+        crowd([seal] * 4, rounds=100)
+        assert len({each[-64 - TAG_BYTES :] for each in sealed}) == len(sealed)
+        assert sum(len(each) - 64 - TAG_BYTES for each in sealed) == COMMITMENT_BYTES, "one commitment"
+
+
+def test_a_stream_ends_once() -> None:
+    """Of threads that each seal the last segment one does."""
+    for _ in range(100):
+        cipher = crypto.StreamCipher(crypto.generate_keys(1), 0, b"", None)
+        sealed: list[bytes] = []
+
+        def end(going: Going, cipher: crypto.StreamCipher = cipher, sealed: list[bytes] = sealed) -> None:
+            while going():
+                with contextlib.suppress(LimitExceeded):
+                    sealed.append(cipher.seal(b"", True))
+
+        crowd([end] * 4, rounds=3)
+        assert len(sealed) == 1
+
+
+@pytest.mark.parametrize("at_once", [1, 40])
+def test_no_key_and_no_nonce_is_drawn_twice(service: ServiceHandle, at_once: int) -> None:
+    sealed: list[bytes] = []
+
+    def draw(going: Going) -> None:
+        while going():
+            if at_once == 1:
+                sealed.append(service.encrypt(b"x"))
+            else:
+                sealed.extend(service.encrypt_many([b"x"] * at_once))
+
+    crowd([draw] * 8, rounds=500)
+    assert len({each[24:NONCE_AT] for each in sealed}) == len(sealed), "a data key for each record"
+    assert len({each[NONCE_AT : NONCE_AT + 12] for each in sealed}) == len(sealed)
+    assert set(service.decrypt_many(sealed)) == {b"x"}
+
+
+def test_keys_are_wiped_while_they_are_used() -> None:
+    """A use ends before the wipe does, and after that there is none."""
+    for _ in range(100):
+        keys = crypto.generate_keys(4)
+        blob = LAYOUT.seal_one(keys, 0, 1, bytes(4 * 72), b"", b"record")
+
+        def use(going: Going, keys: crypto.SecretKeys = keys, blob: bytes = blob) -> None:
+            with contextlib.suppress(SecretMemoryError):
+                while going():
+                    assert LAYOUT.open_one(keys, 0, b"", blob) == b"record"
+                    assert len(keys.select([0, 3])) == 2
+
+        def wipe(going: Going, keys: crypto.SecretKeys = keys) -> None:
+            while going():
+                pass
+            keys.wipe()
+
+        crowd([use, use, wipe, wipe], rounds=20)
+        assert keys.wiped
+
+
+# ---- what Python does in one step only while it has a GIL --------------------------------------------------------
