@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 
 import pytest
 
 from crowd import Going, crowd
 from openkcm import crypto
-from openkcm.errors import LimitExceeded, SecretMemoryError
+from openkcm.errors import DecryptError, InvalidInput, LimitExceeded, SecretMemoryError
 from openkcm.gateway import ServiceHandle
 
 TAG_BYTES = 16
@@ -30,6 +31,75 @@ def record(size: int) -> bytes:
 
 
 # ---- lists and dicts -----------------------------------------------------------------------------------------
+
+
+def test_a_list_that_is_changed_while_it_is_gathered() -> None:
+    """What is read of a list is held, and no place is read that it no longer has."""
+    blobs = [record(3000) for _ in range(200)]
+
+    def read(going: Going) -> None:
+        while going():
+            with contextlib.suppress(InvalidInput):
+                LAYOUT.gather(blobs, True)
+
+    def replace(going: Going) -> None:
+        while going():
+            for at in range(0, 100, 7):
+                blobs[at] = record(3000)
+
+    def shrink(going: Going) -> None:
+        while going():
+            del blobs[100:]
+            blobs.extend(blobs[:100])
+
+    crowd([read, read, replace, shrink], rounds=1000)
+    assert LAYOUT.gather(blobs, True)[0] == 1
+
+
+def test_batches_whose_lists_are_changed(service: ServiceHandle) -> None:
+    """Whoever changes a list while it is encrypted gets what was in it before or after, or an error; nothing else."""
+    known = {os.urandom(size) for size in (1, 64, 3000) for _ in range(20)}
+    records = [*known]
+    sealed = service.encrypt_many(records)
+
+    def encrypt(going: Going) -> None:
+        while going():
+            with contextlib.suppress(InvalidInput):
+                assert known.issuperset(service.decrypt_many(service.encrypt_many(records)))
+
+    def decrypt(going: Going) -> None:
+        while going():
+            with contextlib.suppress(InvalidInput, DecryptError):
+                assert known.issuperset(service.decrypt_many(sealed))
+
+    def change(going: Going) -> None:
+        while going():
+            for each in (records, sealed):
+                each.append(bytes(bytearray(each[0])))
+                each[1] = bytes(bytearray(each[2]))
+                del each[3:5]
+                each.extend(each[:1])
+
+    crowd([encrypt, decrypt, change], rounds=300)
+
+
+def test_a_kept_key_that_is_taken_out_as_it_is_found() -> None:
+    keys = crypto.generate_keys(1)
+    blob = LAYOUT.seal_one(keys, 0, 1, bytes(72), b"context", b"record")
+    place = LAYOUT.place(blob)
+    kept: dict[bytes, tuple[crypto.SecretKeys, float, float]] = {}
+    far = time.monotonic() + 1e6
+
+    def read(going: Going) -> None:
+        while going():
+            assert LAYOUT.open_kept(kept, far, time.monotonic, b"context", blob) in (None, b"record")
+
+    def change(going: Going) -> None:
+        while going():
+            kept[place] = (keys.keep(0), 0.0, far)
+            del kept[place]
+
+    crowd([read, read, change], rounds=100_000)
 
 
 # ---- nonces and keys -----------------------------------------------------------------------------------------

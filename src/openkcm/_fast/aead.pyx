@@ -8,9 +8,7 @@ its inputs and allocates its exact outputs, runs one C loop with the GIL release
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from cpython.dict cimport PyDict_GetItem
 from cpython.list cimport PyList_GET_ITEM
-from cpython.object cimport PyObject
 from cpython.tuple cimport PyTuple_GetItem
 from libc.stdint cimport uint8_t, uint32_t
 from libc.stdlib cimport free, malloc
@@ -28,8 +26,10 @@ cdef enum:
     PARALLEL_BYTES = 16384          # below this, releasing the GIL costs more than it gives
     NONCE_BATCH = 1024              # record nonces drawn at a time within a batch
 
-cdef extern from "native.h" nogil:
-    double okc_awake_seconds()
+cdef extern from "native.h":
+    bint FREE_THREADED "OKC_FREE_THREADED"
+    object okc_find(dict dictionary, object key)
+    double okc_awake_seconds() nogil
 
 cdef object known_clock = None
 
@@ -264,10 +264,9 @@ cdef class RecordCipher:
         if now >= stands:
             return None
         place = self.place(blob)
-        cdef PyObject *found = NULL if place is None else PyDict_GetItem(kept, place)
-        if found == NULL:
+        entry = None if place is None else okc_find(kept, place)
+        if entry is None:
             return None
-        entry = <object>found
         if now >= <double><object>PyTuple_GetItem(entry, 2):
             return None
         try:
@@ -393,7 +392,8 @@ cdef class RecordCipher:
         Returns None, or (version, packed middles, index). With ``runs``, neighbours with the same middle share one,
         and the index tells which is each blob's; it is None where they are all one's own, or all the same.
         """
-        cdef list items = blobs if type(blobs) is list else list(blobs)
+        # While the GIL is held nobody changes the caller's list; without a GIL it has to be ours.
+        cdef list items = blobs if type(blobs) is list and not FREE_THREADED else list(blobs)
         cdef Py_ssize_t count = len(items)
         cdef bytes packed = PyBytes_FromStringAndSize(NULL, count * self.middle_size)
         cdef uint8_t *target = <uint8_t *>PyBytes_AS_STRING(packed)

@@ -10,6 +10,7 @@
 #ifndef OPENKCM_NATIVE_H
 #define OPENKCM_NATIVE_H
 
+#include <Python.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdint.h>
@@ -19,6 +20,34 @@
 #include <openssl/evp.h>
 
 #define OKC_SCHEDULE_BYTES 240
+
+/* ---- without a GIL --------------------------------------------------------------------------------------------- */
+
+/* Whether other threads may change any list or dict between two steps of ours. */
+#ifdef Py_GIL_DISABLED
+#define OKC_FREE_THREADED 1
+#else
+#define OKC_FREE_THREADED 0
+#endif
+
+/* What a dict has for a key, or None: with a reference of its own from the first, which Cython's dict.get has not (3.3),
+ * so that another thread may take the key out meanwhile. NULL where looking raised. */
+static inline PyObject *okc_find(PyObject *dict, PyObject *key)
+{
+    PyObject *found = NULL;
+#if PY_VERSION_HEX >= 0x030D0000
+    if (PyDict_GetItemRef(dict, key, &found) < 0)
+        return NULL;
+#else
+    found = PyDict_GetItemWithError(dict, key);
+    if (found == NULL && PyErr_Occurred())
+        return NULL;
+    Py_XINCREF(found);
+#endif
+    return found != NULL ? found : Py_NewRef(Py_None);
+}
+
+/* ---- AES-256 --------------------------------------------------------------------------------------------------- */
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(OPENKCM_PORTABLE_AES)
 #define OKC_AES_X86 1
