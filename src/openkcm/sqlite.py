@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
-import weakref
 from typing import Final, Protocol
 
+from .alive import Alive
 from .errors import StoreUnavailable
 
 PRAGMAS: Final = ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "foreign_keys=ON")
@@ -86,14 +86,14 @@ def close_before_fork(store: Forkable) -> None:
     _stores.add(store)
 
 
-_stores: weakref.WeakSet[Forkable] = weakref.WeakSet()
+_stores: Final[Alive[Forkable]] = Alive()
 _waiting: list[Forkable] = []
 _one_at_a_time = threading.RLock()
 
 
 def _before_fork() -> None:
     _one_at_a_time.acquire()
-    for store in list(_stores):
+    for store in _stores.all():
         store.before_fork()
         _waiting.append(store)
 

@@ -18,7 +18,7 @@ import openkcm.errors
 
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "openkcm"
 
-VOCABULARY = {"clock", "errors", "limits", "keys", "context", "envelope", "identity", "waiting"}
+VOCABULARY = {"alive", "clock", "errors", "limits", "keys", "context", "envelope", "identity", "waiting"}
 # What a part may import besides itself. Core and Gateway do not know each other.
 MAY_IMPORT = {
     "_fast": set(),

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
+from ..alive import Alive
 from ..clock import awake_clock, utc_now
 from ..crypto import SecretKeys
 from ..errors import (
@@ -487,11 +488,11 @@ def _probe(core: Core) -> float:
     return min(max(core._vault.liveness.run_due(), SHORTEST_NAP), LONGEST_NAP)
 
 
-_instances: weakref.WeakSet[Core] = weakref.WeakSet()
+_instances: Final[Alive[Core]] = Alive()
 
 
 def _after_fork_in_child() -> None:
-    for core in list(_instances):
+    for core in _instances.all():
         core._after_fork()
 
 

@@ -12,8 +12,9 @@ import threading
 import weakref
 from collections.abc import Callable
 from types import TracebackType
-from typing import cast
+from typing import Final, cast
 
+from ..alive import Alive
 from ..errors import CoreUnavailable, InvalidInput
 from ..keys import Change, Event, KeyService, check_name
 from ..waiting import waiting_of
@@ -57,7 +58,7 @@ class Gateway:
         self._background = Background(core, self._keys)
         self._lock = threading.Lock()
         self._handles: dict[tuple[str, str], ServiceHandle] = {}
-        self._every: weakref.WeakSet[ServiceHandle] = weakref.WeakSet()
+        self._every: Alive[ServiceHandle] = Alive()
         self._closed = False
         self._unwatch = core.watch(_weak_listener(self))
         _instances.add(self)
@@ -93,7 +94,7 @@ class Gateway:
         self._unwatch()
         self._background.stop()
         with self._lock:
-            handles = list(self._every)
+            handles = self._every.all()
             self._handles.clear()
         for handle in handles:
             handle.wipe()
@@ -113,7 +114,7 @@ class Gateway:
 
     def _on_change(self, event: Event) -> None:
         with self._lock:
-            handles = [handle for handle in self._every if handle.tenant == event.tenant]
+            handles = [handle for handle in self._every.all() if handle.tenant == event.tenant]
             if event.change is Change.DARK:
                 # A tenant that is linked anew has other services by the same names: look them up again.
                 self._handles = {
@@ -131,7 +132,7 @@ class Gateway:
         self._lock = threading.Lock()
         self._keys.forget()
         self._background.after_fork()
-        for handle in list(self._every):
+        for handle in self._every.all():
             handle.after_fork()
 
 
@@ -157,11 +158,11 @@ def _key_store(core: KeyService, keys: str | os.PathLike[str] | KeyStore | None)
     return open_key_store(keys) if isinstance(keys, (str, os.PathLike)) else keys
 
 
-_instances: weakref.WeakSet[Gateway] = weakref.WeakSet()
+_instances: Final[Alive[Gateway]] = Alive()
 
 
 def _after_fork_in_child() -> None:
-    for gateway in list(_instances):
+    for gateway in _instances.all():
         gateway._after_fork()
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
+from ..alive import Alive
 from ..clock import awake_clock
 from ..crypto import Channel, ChannelOffer, offer_channel, random_bytes
 from ..errors import AccessDenied, ChannelExpired, DecryptError, InvalidInput
@@ -430,11 +431,11 @@ def _ring(table: weakref.ref[SessionTable]) -> None:
         found._rung()
 
 
-_tables: weakref.WeakSet[SessionTable] = weakref.WeakSet()
+_tables: Final[Alive[SessionTable]] = Alive()
 
 
 def _after_fork_in_child() -> None:
-    for table in list(_tables):
+    for table in _tables.all():
         table._after_fork()
 
 

@@ -17,10 +17,10 @@ import os
 import queue
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
+from ...alive import Alive
 from ...errors import RootUnavailable
 
 T = TypeVar("T")
@@ -145,7 +145,7 @@ class Caller:
         self._renew()
 
 
-_callers: weakref.WeakSet[Caller] = weakref.WeakSet()
+_callers: Final[Alive[Caller]] = Alive()
 _forking = threading.RLock()
 _paused: list[Caller] = []
 
@@ -153,7 +153,7 @@ _paused: list[Caller] = []
 def _before_fork() -> None:
     _forking.acquire()  # two threads that fork must not each wait for what the other has paused
     ends = time.monotonic() + FORK_SECONDS
-    for caller in list(_callers):
+    for caller in _callers.all():
         caller.pause(ends)
         _paused.append(caller)
 
@@ -168,7 +168,7 @@ def _after_fork_in_child() -> None:
     global _forking
     _forking = threading.RLock()
     _paused.clear()
-    for caller in list(_callers):
+    for caller in _callers.all():
         caller.start_anew()
 
 

@@ -8,10 +8,10 @@ begins on it.
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
+from ...alive import Alive
 from ..credentials import Reading
 from ..transport import Connector, Transport
 from .own import OwnFiles
@@ -49,7 +49,7 @@ class Lines:
         self._own = own
         self._replaced = replaced
         self._lock = threading.Lock()
-        self._retired: weakref.WeakSet[Transport] = weakref.WeakSet()
+        self._retired: Alive[Transport] = Alive()
         self.line: Line | None = None
 
     def now(self) -> Line:
@@ -77,6 +77,6 @@ class Lines:
         """Close the connections, those that end too."""
         with self._lock:
             line, self.line = self.line, None
-            transports = [*self._retired, *([line.transport] if line else [])]
+            transports = [*self._retired.all(), *([line.transport] if line else [])]
         for each in transports:
             each.close()

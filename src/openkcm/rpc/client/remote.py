@@ -21,6 +21,7 @@ from typing import Any, Final, TypeVar
 
 from google.protobuf.message import Message
 
+from ...alive import Alive
 from ...clock import DICE, awake_clock
 from ...crypto import SecretKeys, open_keys, random_bytes, seal_keys
 from ...errors import (
@@ -419,11 +420,11 @@ def _parts(ids: bytes) -> Sequence[bytes]:
     return [ids[at : at + step] for at in range(0, len(ids), step)]
 
 
-_instances: weakref.WeakSet[RemoteCore] = weakref.WeakSet()
+_instances: Final[Alive[RemoteCore]] = Alive()
 
 
 def _after_fork_in_child() -> None:
-    for core in list(_instances):
+    for core in _instances.all():
         core._after_fork()
 
 

@@ -13,9 +13,9 @@ import os
 import ssl
 import threading
 import time
-import weakref
 from typing import Final
 
+from ...alive import Alive
 from ...errors import AccessDenied, ConfigurationError, CoreUnavailable, OpenKCMError
 from ...waiting import THREADS, Waiting
 from ..client.endpoint import host_of
@@ -66,7 +66,7 @@ class FrameTransport:
         self._changed = self.waiting.condition()
         self._idle: list[Link] = []
         self._links: set[Link] = set()
-        self._streams: weakref.WeakSet[FrameStream] = weakref.WeakSet()
+        self._streams: Alive[FrameStream] = Alive()
         self._count = 0
         self._waiting = 0
 
@@ -116,7 +116,7 @@ class FrameTransport:
     def close(self) -> None:
         """As ``Transport.close``."""
         self._closed = True
-        for stream in list(self._streams):
+        for stream in self._streams.all():
             stream.cancel()
         self._drop_idle()
         with self._changed:
@@ -300,12 +300,12 @@ class FrameStream:
         return CoreUnavailable(CLOSED.format(self._transport.address))
 
 
-_transports: weakref.WeakSet[FrameTransport] = weakref.WeakSet()
+_transports: Final[Alive[FrameTransport]] = Alive()
 _inherited: Final[list[object]] = []
 
 
 def _after_fork_in_child() -> None:
-    for each in list(_transports):
+    for each in _transports.all():
         each._after_fork()
 
 
