@@ -9,10 +9,11 @@ import time
 
 import pytest
 
+import openkcm
 from crowd import Going, crowd
 from openkcm import crypto
 from openkcm.errors import DecryptError, InvalidInput, LimitExceeded, SecretMemoryError
-from openkcm.gateway import ServiceHandle
+from openkcm.gateway import DataKeyPolicy, PoolPolicy, ServiceHandle
 
 TAG_BYTES = 16
 COMMITMENT_BYTES = 32
@@ -175,3 +176,22 @@ def test_keys_are_wiped_while_they_are_used() -> None:
 
 
 # ---- what Python does in one step only while it has a GIL --------------------------------------------------------
+
+
+def test_no_shared_key_escapes_a_wipe(core: openkcm.Core) -> None:
+    """Of wipes that meet each other and a key that is being made, one gets it."""
+    with openkcm.Gateway(core, policy=DataKeyPolicy(records=10**6), pool=PoolPolicy(keys=4096)) as gateway:
+        shared = gateway.service("acme", "records")._shared
+        handed_out: list[crypto.SecretKeys] = []
+
+        def reserve(going: Going) -> None:
+            while going():
+                handed_out.append(shared.reserve(None, 0, 1)[0].keys)
+
+        def wipe(going: Going) -> None:
+            while going():
+                shared.wipe()
+
+        crowd([reserve, wipe, wipe, wipe], rounds=3000)
+        shared.wipe()
+        assert all(keys.wiped for keys in handed_out)

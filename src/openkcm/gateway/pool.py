@@ -154,8 +154,9 @@ class Pool:
 
     def discard(self, ready: ReadyKeys) -> None:
         """Forget keys that turned out to be wiped."""
-        if self.ready is ready:
-            self.ready = None
+        with self._lock:  # or what came in its place would go too
+            if self.ready is ready:
+                self.ready = None
 
     def wipe(self) -> None:
         """Zero what waits; what is being made meanwhile is thrown away."""
@@ -210,7 +211,8 @@ class SharedKeys:
         self._pool = pool
         self._policy = policy
         self._expiry = expiry_of(pool.waiting)
-        self._lock = pool.waiting.lock()
+        self._reserving = pool.waiting.lock()
+        self._lock = threading.Lock()
         self._epoch = 0
         self._current: CurrentKey | None = None
 
@@ -220,16 +222,10 @@ class SharedKeys:
         Args:
             sizes: of each record of the batch, in bytes; None if the policy does not count bytes.
         """
-        with self._lock:
+        with self._reserving:
             current = self._current
             if current is None or not current.fits(sizes[start] if sizes else 0):
-                epoch = self._epoch
-                current = self._current = self._make()
-                # A wipe that came between the making and the assignment has to be done over.
-                if epoch != self._epoch:
-                    current.keys.wipe()
-                elif not self._expiry.ask(self, current.left()):
-                    self._current = None  # it serves this once
+                current = self._renew()
             if sizes is None:
                 taken = min(count, current.records)
             else:
@@ -240,6 +236,21 @@ class SharedKeys:
                 current.bytes = room
             current.records -= taken
             return current, taken
+
+    def _renew(self) -> CurrentKey:
+        """Have another key serve from now on."""
+        epoch = self._epoch
+        made = self._make()
+        with self._lock:
+            overtaken = epoch != self._epoch
+            if not overtaken:
+                self._current = made
+        if overtaken:
+            made.keys.wipe()
+        elif not self._expiry.ask(self, made.left()):
+            with self._lock:
+                self._current = None  # it serves this once
+        return made
 
     def _make(self) -> CurrentKey:
         # In a handle of its own, which is collected, and so zeroed, after its last use.
@@ -268,8 +279,9 @@ class SharedKeys:
 
     def wipe(self) -> None:
         """Zero the current key."""
-        self._epoch += 1
-        current, self._current = self._current, None
+        with self._lock:  # not the one that is held while a key is made
+            self._epoch += 1
+            current, self._current = self._current, None
         if current is not None:
             current.keys.wipe()
 
