@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import threading
 import time
 
 import pytest
@@ -12,6 +14,8 @@ import pytest
 import openkcm
 from crowd import Going, crowd
 from openkcm import crypto
+from openkcm.core import sqlite_store
+from openkcm.core.prober import Lane
 from openkcm.errors import DecryptError, InvalidInput, LimitExceeded, SecretMemoryError
 from openkcm.gateway import DataKeyPolicy, PoolPolicy, ServiceHandle
 
@@ -195,3 +199,57 @@ def test_no_shared_key_escapes_a_wipe(core: openkcm.Core) -> None:
         crowd([reserve, wipe, wipe, wipe], rounds=3000)
         shared.wipe()
         assert all(keys.wiped for keys in handed_out)
+
+
+def test_a_lane_that_many_submit_to() -> None:
+    """Threads come, make calls and leave while others look how many there are."""
+    made = threading.Semaphore(0)
+    lane = Lane("lane", 1, 8)
+    lane._started.update({-number: 0.0 for number in range(1, 3000)})  # that go through it takes a while
+
+    def submit(going: Going) -> None:
+        while going():
+            lane.submit(made.release)
+            lane.relieve()
+
+    try:
+        crowd([submit] * 4, rounds=500)
+    finally:
+        lane.close()
+    assert made.acquire(timeout=60)
+
+
+def test_every_probe_is_counted(core: openkcm.Core) -> None:
+    liveness = core._vault.liveness
+    before = liveness.counts["probes"]
+    rounds = [0] * 4
+
+    def count(going: Going) -> None:
+        mine = next(numbers)
+        while going():
+            liveness._count("probes")
+            rounds[mine] += 1
+
+    numbers = itertools.count()
+    crowd([count] * 4, rounds=5000)
+    assert liveness.counts["probes"] - before == sum(rounds)
+
+
+def test_one_engine_for_all_who_ask_first(core: openkcm.Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one would be forgotten, with a connection that is open when the process forks."""
+    store = core._vault.store
+    made: list[threading.Thread] = []
+    create = sqlite_store.sql.create_engine
+
+    def create_while_another_asks(*arguments: object, **options: object) -> object:
+        made.append(threading.Thread(target=lambda: store.engine))
+        if len(made) == 1:
+            made[0].start()
+            made[0].join(0.5)
+        return create(*arguments, **options)  # type: ignore[call-overload]
+
+    store.close()
+    monkeypatch.setattr(sqlite_store.sql, "create_engine", create_while_another_asks)
+    engine = store.engine
+    made[0].join(60)
+    assert len(made) == 1 and store.engine is engine

@@ -141,6 +141,7 @@ class Liveness:
         self._quick = Lane("openkcm-probe", QUICK_THREADS, MAX_THREADS)
         self._suspect = Lane("openkcm-probe-suspect", SUSPECT_THREADS, SUSPECT_THREADS)
         self.counts: Counter[str] = Counter()
+        self._counting = threading.Lock()
 
     # ---- on the path of every use --------------------------------------------------------------------
 
@@ -319,7 +320,7 @@ class Liveness:
             if watched.asked != before:
                 return
             asked = watched.under_way = self._clock()
-            self.counts["probes"] += 1
+            self._count("probes")
             try:
                 self._heard(watched, asked, self._answer(watched))
             finally:
@@ -431,7 +432,7 @@ class Liveness:
         elif before is TenantState.DARK:
             self._vault.tell_live(tenant)
         watched.recorded = False
-        self.counts[state.value] += 1
+        self._count(state.value)
         logger.log(
             logging.INFO if state is TenantState.LIVE else logging.WARNING,
             "tenant %s: %s, was %s%s",
@@ -440,6 +441,10 @@ class Liveness:
             before.value,
             f": {reason}" if reason else "",
         )
+
+    def _count(self, what: str) -> None:
+        with self._counting:  # tenants change side by side, and without a GIL one would be lost
+            self.counts[what] += 1
 
     def _record(self, watched: _Watched) -> None:
         """Write a change into the vault, once for all processes; if that cannot be, then with the next probe.

@@ -89,7 +89,7 @@ class Lane:
         if self._alive >= self._most:
             return False
         late = time.monotonic() - SLOW_SECONDS
-        return self._alive - sum(started < late for started in self._started.values()) < self._threads
+        return self._alive - sum(started < late for started in list(self._started.values())) < self._threads
 
     def _next(self) -> Callable[[], None] | None:
         """The next call; None to end the thread, if there is none for long or the lane is closed."""

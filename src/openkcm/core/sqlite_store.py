@@ -70,6 +70,7 @@ class SQLiteStore(Store):
 
     def _reset_locks(self) -> None:
         self._observing = threading.Lock()
+        self._making = threading.Lock()
         self._gate = threading.Condition()
         self._inside = 0
         self._forking = False
@@ -137,18 +138,22 @@ class SQLiteStore(Store):
     def engine(self) -> Engine:
         """The process's engine, made on first use."""
         self._check_open()
-        if self._engine is None:
-            engine = sql.create_engine(
-                self._url.set(database=str(self.path)),
-                connect_args={
-                    "timeout": self._busy_seconds,
-                    "check_same_thread": False,
-                    "factory": OurConnection,
-                },
-            )
-            sql.event.listen(engine, "connect", _configure)
-            self._engine = engine
-        return self._engine
+        with self._making:  # of two, one would be forgotten, and its connection still be open at a fork
+            if self._engine is None:
+                self._engine = self._make_engine()
+            return self._engine
+
+    def _make_engine(self) -> Engine:
+        engine = sql.create_engine(
+            self._url.set(database=str(self.path)),
+            connect_args={
+                "timeout": self._busy_seconds,
+                "check_same_thread": False,
+                "factory": OurConnection,
+            },
+        )
+        sql.event.listen(engine, "connect", _configure)
+        return engine
 
     @contextmanager
     def _use(self) -> Iterator[None]:
