@@ -171,6 +171,22 @@ def test_a_batch_larger_than_a_chunk(service: ServiceHandle) -> None:
     assert service.decrypt_many(tuple(blobs)) == records
 
 
+def test_contexts_are_those_there_were_at_first(service: ServiceHandle) -> None:
+    """What happens to the caller's list while they are encoded, in his code or in another thread, changes nothing."""
+
+    class Emptying(dict[str, str]):
+        def items(self) -> Any:
+            contexts.clear()
+            return super().items()
+
+    contexts: list[Any] = [Emptying(a="1"), b"2", None]
+    blobs = service.encrypt_many([b"x"] * 3, contexts=contexts)
+    assert [
+        service.decrypt(blob, context=each)
+        for blob, each in zip(blobs, ({"a": "1"}, b"2", None), strict=True)
+    ]
+
+
 def test_a_batch_of_large_records_is_cut_by_bytes(
     service: ServiceHandle, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,7 +50,7 @@ def encode_contexts(context: Context, contexts: Sequence[Context] | None, count:
         return encode_context(context)
     if context is not None:
         raise InvalidInput("give context= for all records or contexts= for each, not both")
-    each = as_list(contexts)
+    each = [*as_list(contexts)]  # ours: while they are told apart by their places in memory, none may go
     if len(each) != count:
         raise InvalidInput(f"there are {count} records and {len(each)} contexts")
     known: dict[int, bytes] = {}  # one object for many records, as a table has, is encoded once
