@@ -8,6 +8,7 @@ changed, is found before the result is given away.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
+from cpython.memoryview cimport PyMemoryView_GET_BUFFER
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
@@ -45,6 +46,28 @@ cdef class Memory:
 
     def __getbuffer__(self, Py_buffer *view, int flags):
         PyBuffer_FillInfo(view, self, self.data, self.size, 0, flags)
+
+
+cdef class Shared:
+    """A view's memory, for any number of threads to make views of.
+
+    Views that are made of a view share its count, which without a GIL is not safe for threads in CPython 3.13, and in
+    releases of 3.14 (issue 127716): memory goes while it is read. This counts nothing, and holds a view of its own.
+    """
+
+    cdef object held
+    cdef void *data
+    cdef Py_ssize_t size
+    cdef bint readonly
+
+    def __cinit__(self, source):
+        self.held = memoryview(source)
+        self.data = PyMemoryView_GET_BUFFER(self.held).buf
+        self.size = PyMemoryView_GET_BUFFER(self.held).len
+        self.readonly = PyMemoryView_GET_BUFFER(self.held).readonly
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        PyBuffer_FillInfo(view, self, self.data, self.size, self.readonly, flags)
 
 
 cdef class Places:

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
         write_wrapping_key,
     )
     from .pure_arrow import export_array, export_schema, read_array, read_stream
-    from .pure_cells import Cells, Memory, Places, Table
+    from .pure_cells import Cells, Memory, Places, Shared, Table
     from .pure_channel import Channel, ChannelOffer, offer_channel, open_keys, seal_keys
     from .pure_columns import (
         KeyRing,
@@ -82,6 +82,7 @@ __all__ = [
     "RecordCipher",
     "RowContexts",
     "SecretKeys",
+    "Shared",
     "StreamCipher",
     "Table",
     "Turns",

@@ -221,6 +221,10 @@ class Memory(bytearray):
         super().__init__(source)
 
 
+Shared = memoryview
+"""As the native backend's, but for one thread at a time: on the Python backend columns count on the GIL."""
+
+
 class Places:
     """The places of a result's rows; a null takes none. ``wide`` asks for offsets of 8 bytes.
 

@@ -7,44 +7,69 @@ interface; without any Arrow library it is readable through the buffer protocol.
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections.abc import Iterator, Mapping
-from typing import Any, overload
+from typing import Any, Final, TypeAlias, overload
 
-from ..crypto import export_array, export_schema
+from ..crypto import Shared, export_array, export_schema
 from ..errors import OpenKCMError
+
+_FREE_THREADED: Final = "t" in sys.abiflags
+"""Whether whoever asks for a buffer gets a view of his own: threads must not make views of one view (``Shared``)."""
+
+Views: TypeAlias = tuple[memoryview, memoryview, memoryview | None]
 
 
 class Column:
     """Bytes (or text) a row, nulls among them; what ``encrypt_column`` and ``decrypt_column`` return.
 
     Attributes:
-        offsets: n + 1 offsets into ``data``, as a memoryview of 32-bit integers ("i") or of 64-bit ones ("q").
-        data: the rows, one after the other.
-        validity: a bit a row, least significant first, 0 for a null; None when there are no nulls.
         null_count: how many rows are null.
         text: whether the rows are text.
     """
 
-    __slots__ = ("data", "null_count", "offsets", "text", "validity")
+    __slots__ = ("_buffers", "_kind", "null_count", "text")
 
     def __init__(self, offsets: Any, data: Any, validity: Any, null_count: int, text: bool) -> None:
-        self.offsets: memoryview = offsets
-        self.data: memoryview = data
-        self.validity: memoryview | None = validity
+        buffers = offsets, data, validity
+        self._buffers: Any = tuple(map(_shared, buffers)) if _FREE_THREADED else buffers
+        self._kind = offsets.format
         self.null_count = null_count
         self.text = text
 
     @property
+    def offsets(self) -> memoryview:
+        """n + 1 offsets into ``data``: 32-bit integers ("i") or 64-bit ones ("q")."""
+        return self._views()[0]
+
+    @property
+    def data(self) -> memoryview:
+        """The rows, one after the other."""
+        return self._views()[1]
+
+    @property
+    def validity(self) -> memoryview | None:
+        """A bit a row, least significant first, 0 for a null; None when there are no nulls."""
+        return self._views()[2]
+
+    def _views(self) -> Views:
+        views: Views = self._buffers
+        if not _FREE_THREADED:
+            return views
+        offsets, data, validity = views
+        bits = None if validity is None else memoryview(validity)
+        return memoryview(offsets).cast(self._kind), memoryview(data), bits
+
+    @property
     def nbytes(self) -> int:
         """The bytes of all its buffers."""
-        bits = 0 if self.validity is None else self.validity.nbytes
-        return self.offsets.nbytes + self.data.nbytes + bits
+        return sum(each.nbytes for each in self._views() if each is not None)
 
     @property
     def large(self) -> bool:
         """Whether its offsets have 64 bits."""
-        return self.offsets.itemsize == 8
+        return bool(self._kind == "q")
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -62,12 +87,14 @@ class Column:
         """One row as bytes (or str), None for a null; a slice is a list of such."""
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
-        at = index + len(self) if index < 0 else index
-        if not 0 <= at < len(self):
+        offsets, data, validity = self._views()
+        count = len(offsets) - 1
+        at = index + count if index < 0 else index
+        if not 0 <= at < count:
             raise IndexError("a column has no such row")
-        if self.validity is not None and not self.validity[at >> 3] >> (at & 7) & 1:
+        if validity is not None and not validity[at >> 3] >> (at & 7) & 1:
             return None
-        row = bytes(self.data[self.offsets[at] : self.offsets[at + 1]])
+        row = bytes(data[offsets[at] : offsets[at + 1]])
         return row.decode() if self.text else row
 
     def __repr__(self) -> str:
@@ -86,9 +113,12 @@ class Column:
 
     def __arrow_c_array__(self, requested_schema: object = None) -> tuple[object, object]:
         """The Arrow schema and array, in PyCapsules; nothing is copied, and another schema is not made."""
-        return self.__arrow_c_schema__(), export_array(
-            len(self), self.null_count, self.validity, self.offsets, self.data
-        )
+        offsets, data, validity = self._views()
+        return self.__arrow_c_schema__(), export_array(len(self), self.null_count, validity, offsets, data)
+
+
+def _shared(view: Any) -> Any:
+    return None if view is None else Shared(view)
 
 
 def reasons_column(count: int, failures: Mapping[int, OpenKCMError]) -> Column:
