@@ -15,11 +15,11 @@ BOOTSTRAP      := VENV=$(VENV) scripts/bootstrap
 unexport PYTHONPATH PYTHONHOME
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-regions test test-slow soak lint format native debug sanitize fuzz bench bench-more wheel clean distclean
+.PHONY: help demo demo-regions test test-slow soak lint format native debug sanitize free-threaded fuzz bench bench-more wheel clean distclean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
-	    printf '  make %-12s %s\n' "$$name" "$$text"; done
+	    printf '  make %-13s %s\n' "$$name" "$$text"; done
 
 # --- the environment: each stamp stands for a step that is done ------------------------------------------------
 
@@ -130,6 +130,10 @@ sanitize: $(VENV)/.base $(VENV)/.dev  ## Unit and thread tests under the address
 	    PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libstdc++.so)" \
 	    $(PYTEST) --timeout=1200 tests/unit $(wildcard tests/adversarial/test_*thread*.py) $(ARGS) </dev/null
+
+# An environment of its own, below build/: the packages of the other one are for another interpreter.
+free-threaded:  ## Threads and columns on an interpreter without a GIL: PYTHON=/path/to/python3.14t
+	@$(or $(PYTHON),python3.14t) scripts/free_threaded.py $(ARGS)
 
 fuzz: $(VENV)/.native $(VENV)/.dev  ## Each fuzz target for FUZZ_SECONDS (default 60)
 	@set -e; for target in tests/fuzz/fuzz_*.py; do \

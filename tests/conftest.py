@@ -3,17 +3,28 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 import openkcm
-import openkcm.rpc.tls13  # before the tests that import grpc themselves
 from openkcm.gateway import ServiceHandle
-from support import make_vault, open_service
+from support import FREE_THREADED, make_vault, open_service
+
+if find_spec("grpc") is not None:
+    import openkcm.rpc.tls13  # before the tests that import grpc themselves
 
 pytest_plugins = ["postgres_support", "softhsm", "valkey_support"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_a_gil() -> Iterator[None]:
+    """On an interpreter without a GIL: nothing that was imported has turned it on, so that threads met each other."""
+    yield
+    assert not FREE_THREADED or not sys._is_gil_enabled()  # type: ignore[attr-defined]
 
 
 @pytest.fixture

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
 import openkcm
 from openkcm.keys import Event
 from openkcm.rpc.client.remote import RemoteCore
+from support import SECONDS as SECONDS
+from support import until as until
 
 ACROSS = frozenset(
     {
@@ -22,17 +23,6 @@ ACROSS = frozenset(
 
 TELLING = frozenset({"kill", "restore", "rotate_service", "rotate_tenant", "set_lease"})
 """What an operator does that Gateways are told of."""
-
-SECONDS = 20.0
-"""How long tests wait for what takes a moment: longer than any of it takes on a machine that is busy."""
-
-
-def until(condition: Callable[[], object], seconds: float = SECONDS) -> None:
-    """Wait for something to become true."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not become true in time"
-        time.sleep(0.005)
 
 
 class FarCore:

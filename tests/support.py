@@ -7,14 +7,17 @@ import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import openkcm
+import stand_in
 from openkcm.gateway import ServiceHandle
 
 SOURCE = Path(openkcm.__file__).resolve().parents[1]
+FREE_THREADED = "t" in sys.abiflags
 ON_FAST = openkcm.backend_info()["backend"] == "fast"
 
 
@@ -49,7 +52,7 @@ def run_python(
 ) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh interpreter; its output as text."""
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-c", f"import stand_in\n{code}" if stand_in.NEEDED else code, *arguments],
         capture_output=True,
         text=True,
         env=environment(**more),
@@ -83,6 +86,18 @@ def refused(call: object, kind: type[BaseException]) -> BaseException:
         assert type(error) is kind, f"{type(error).__name__}: {error}"
         return error
     raise AssertionError(f"{kind.__name__} was not raised")
+
+
+SECONDS = 20.0
+"""How long tests wait for what takes a moment: longer than any of it takes on a machine that is busy."""
+
+
+def until(condition: Callable[[], object], seconds: float = SECONDS) -> None:
+    """Wait for something to become true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not become true in time"
+        time.sleep(0.005)
 
 
 class NoThread:

@@ -126,6 +126,7 @@ def test_the_golden_exchange() -> None:
 
 def test_it_is_what_the_page_says() -> None:
     """An independent reading of docs/formats.md, on `cryptography`, makes and reads the same messages."""
+    pytest.importorskip("cryptography")
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
     from cryptography.hazmat.primitives.hashes import SHA256, Hash
     from cryptography.hazmat.primitives.kdf.hkdf import HKDF

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import polars as pl
 import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -20,7 +19,10 @@ from openkcm.crypto import CODES, FIXED, OFFSETS, VIEWS, Cells, Part
 from openkcm.envelope import INLINE_OVERHEAD
 from openkcm.errors import InvalidInput, LimitExceeded
 from openkcm.gateway import ServiceHandle, columns
+from optional import optional
 from support import closed, refused, released
+
+pl = optional("polars")
 
 INTS = pa.array([1, 2])
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import polars as pl
 import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -21,8 +20,10 @@ from openkcm.crypto import Places
 from openkcm.envelope import INLINE_OVERHEAD, STORED_OVERHEAD
 from openkcm.errors import DecryptError
 from openkcm.gateway import Column, DataKeyPolicy, ServiceHandle
+from optional import optional
 from support import ON_FAST, refused, run_python
 
+pl = optional("polars")
 ROWS: list[bytes | None] = [None if at % 7 == 3 else bytes([at % 256]) * (at % 90) for at in range(1500)]
 PLAIN = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TEXT = ["ann", None, "", "bøb", "a longer name than a view holds", None, "ann"]

@@ -22,8 +22,7 @@ from openkcm.crypto import Turns
 from openkcm.gateway import ServiceHandle
 from openkcm.hands import Hand, Hands
 from openkcm.waiting import THREADS
-from remote_support import until
-from support import run_python
+from support import FREE_THREADED, run_python, until
 
 
 def lent(ours: Hands, work: Callable[[], None]) -> None:
@@ -109,7 +108,9 @@ last = Last()
 @pytest.mark.parametrize("before", ["warm", "cold"])
 def test_the_end_of_the_interpreter(before: str) -> None:
     """Threads are gone by then: those that wait, and those that would be started."""
-    assert run_python(LAST, before).stdout == "True\n"
+    told = run_python(LAST, before).stdout
+    # Without a GIL modules may be emptied before the last objects go, who then can call nothing of them.
+    assert told == "True\n" or (FREE_THREADED and told == "")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
