@@ -115,7 +115,7 @@ def test_a_cancelled_column_leaves_zeros(
         sealed = gateway.service("acme", "records").encrypt_column(column(), subject=subject)
     monkeypatch.setattr(crypto, name, held)
     run(main, held)
-    assert ended == [held.ended] and 1 <= held.ended <= threads
+    assert ended == [held.ended] and held.ended >= 1
 
 
 def test_a_cancelled_batch_has_let_go_of_its_keys_and_records(
