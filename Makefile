@@ -66,7 +66,7 @@ CIPHER_TESTS := $(patsubst %,tests/unit/test_%.py,crypto vectors golden streams 
     tests/contract/test_backends_agree.py tests/fuzz
 
 # Tests of what knows nothing of the backends run with the native one alone.
-ONCE := $(patsubst %,--ignore=tests/adversarial/test_%.py,crash starvation unplug) \
+ONCE := $(patsubst %,--ignore=tests/adversarial/test_%.py,columns_side_by_side crash starvation unplug) \
     $(patsubst %,--ignore=tests/unit/test_%.py,bench bootstrap cli_demo cli_interrupts cli_unplug credentials \
     failover instruction_counts joining listening liveness readme refusals roots session_table)
 

@@ -11,7 +11,7 @@ import pytest
 
 import openkcm
 from openkcm import crypto
-from openkcm.errors import KeyDestroyed, StoreUnavailable, TenantDark
+from openkcm.errors import CoreUnavailable, KeyDestroyed, StoreUnavailable, TenantDark
 from openkcm.gateway import ServiceHandle, column_opener, columns
 from support import refused
 
@@ -149,3 +149,19 @@ def test_a_kill_wipes_the_keys_of_every_version(
     refused(lambda: service.decrypt_column(pa.array(blobs)), TenantDark)
     assert len(wiped) > 1
     assert all(wiped)
+
+
+@pytest.mark.parametrize("way", ["encrypt", "decrypt"])
+def test_what_is_under_way_hears_that_its_gateway_was_closed(
+    core: openkcm.Core, between: Callable[..., list[int]], way: str
+) -> None:
+    gateway = openkcm.Gateway(core)
+    service = gateway.service("acme", "records")
+    sealed = service.encrypt_column(COLUMN, subjects=pa.array(NAMES))
+    between(1, gateway.close)
+    work = {
+        "encrypt": lambda: service.encrypt_column(COLUMN, subjects=pa.array(NAMES)),
+        "decrypt": lambda: service.decrypt_column(sealed),
+    }[way]
+    error = refused(work, CoreUnavailable)
+    assert "closed" in str(error) and not error.retryable  # type: ignore[attr-defined]

@@ -97,7 +97,7 @@ class Gateway:
             handles = self._every.all()
             self._handles.clear()
         for handle in handles:
-            handle.wipe()
+            handle.wipe(closed=True)
         if self._owns_keys:
             self._keys.close()
 

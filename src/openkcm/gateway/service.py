@@ -472,11 +472,11 @@ class ServiceHandle:
 
     # ---- what the Gateway tells ----------------------------------------------------------------------
 
-    def wipe(self) -> None:
-        """The tenant went dark: zero every waiting, current, leased and streaming key, and forget the wrapped ones."""
+    def wipe(self, closed: bool = False) -> None:
+        """The tenant went dark, or the Gateway is ``closed``: zero what waits or is used, forget what is wrapped."""
         self.renew()
-        self._running.wipe()
-        self._held.wipe()
+        self._running.wipe(closed)
+        self._held.wipe(closed)
         self._subjects.forget()
 
     def renew(self) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Final, NamedTuple, Protocol
 
 from ..crypto import IdSet
-from ..errors import SecretMemoryError, TenantDark
+from ..errors import CoreUnavailable, OpenKCMError, SecretMemoryError, TenantDark
 
 _REMEMBERED: Final = 256
 """Shreds that are looked through for those since ``now``; where there were more, keys are wiped to be safe."""
@@ -49,6 +49,7 @@ class UnderWay:
         """Start with nothing: what is under way is the parent's."""
         self._lock = threading.Lock()
         self._kills = self._shreds = 0
+        self._closed = False
         self._held: dict[int, tuple[Wipeable, bytes]] = {}
         self._shredded: set[int] = set()
         self._forgotten: deque[bytes] = deque(maxlen=_REMEMBERED)
@@ -69,6 +70,7 @@ class UnderWay:
 
         Raises:
             TenantDark: they were wiped by a kill.
+            CoreUnavailable: they were wiped as the Gateway was closed.
             ShreddedError: they were wiped because one of them was shredded.
         """
         with self._lock:
@@ -82,9 +84,7 @@ class UnderWay:
             yield
         except SecretMemoryError:
             if since.kills != self._kills:
-                raise TenantDark(
-                    f"the tenant {self._tenant} went dark while its keys were used; what was under way was stopped"
-                ) from None
+                raise self._stopped() from None
             if not self._shredded.isdisjoint(map(id, things)):
                 raise ShreddedError from None
             raise
@@ -95,10 +95,21 @@ class UnderWay:
                     self._shredded.discard(id(each))
             _wipe(things)
 
-    def wipe(self) -> None:
-        """A kill: zero every key that is held."""
+    def _stopped(self) -> OpenKCMError:
+        if self._closed:
+            return CoreUnavailable(
+                "this Gateway was closed while keys were used; what was under way was stopped",
+                retryable=False,
+            )
+        return TenantDark(
+            f"the tenant {self._tenant} went dark while its keys were used; what was under way was stopped"
+        )
+
+    def wipe(self, closed: bool = False) -> None:
+        """A kill, or the Gateway's end if it is ``closed``: zero every key that is held."""
         with self._lock:
             self._kills += 1
+            self._closed = self._closed or closed
             things = [thing for thing, _ in self._held.values()]
         _wipe(things)
 
