@@ -113,11 +113,8 @@ def cold(far: Far, empty: Callable[[], object]) -> tuple[tuple[float, float], tu
 
 def grpc_empty(far: Far) -> Callable[[], object]:
     """gRPC's own health check: an empty request to the same server over the same connection."""
-    call = (
-        far.core._endpoints._all[0]
-        ._connected()
-        .transport._channel.unary_unary("/grpc.health.v1.Health/Check")
-    )
+    transport = far.core._endpoints._all[0]._lines.now().transport
+    call = transport._channel.unary_unary("/grpc.health.v1.Health/Check")
     return lambda: call(b"")
 
 
