@@ -89,11 +89,12 @@ else
 	exit $$status
 endif
 
-lint: $(VENV)/.dev  ## ruff check, ruff format --check and mypy --strict
+lint: $(VENV)/.dev  ## ruff check, ruff format --check and mypy --strict (src and bench)
 	@status=0; \
 	$(BIN)/ruff check --output-format concise . || status=1; \
 	$(BIN)/ruff format --check --output-format concise . || status=1; \
 	$(BIN)/mypy --strict src || status=1; \
+	MYPYPATH=src:tests:bench $(BIN)/mypy --strict --follow-imports=silent $(wildcard bench/*.py bench/ours/*.py bench/cloop/*.py) || status=1; \
 	exit $$status
 
 format: $(VENV)/.dev  ## Let ruff sort the imports and set the layout

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import _tests_path  # noqa: F401
 import openkcm
@@ -113,7 +113,7 @@ def cold(far: Far, empty: Callable[[], object]) -> tuple[tuple[float, float], tu
 
 def grpc_empty(far: Far) -> Callable[[], object]:
     """gRPC's own health check: an empty request to the same server over the same connection."""
-    transport = far.core._endpoints._all[0]._lines.now().transport
+    transport: Any = far.core._endpoints._all[0]._lines.now().transport
     call = transport._channel.unary_unary("/grpc.health.v1.Health/Check")
     return lambda: call(b"")
 
@@ -123,7 +123,7 @@ def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
     with tempfile.TemporaryDirectory(prefix="bench-remote-") as folder:
         site = Site(Path(folder))
-        listen = {f"listen.{name}": "127.0.0.1:0" for name in TRANSPORTS.values()}
+        listen: dict[str, Any] = {f"listen.{name}": "127.0.0.1:0" for name in TRANSPORTS.values()}
         with site.start(**listen) as replica:
             run(site, replica, rounds)
 

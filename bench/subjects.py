@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def main() -> None:
                 f"decrypt {words}",
                 rows,
                 calls,
-                lambda h=handle, t=threads: h.decrypt_column(sealed, threads=t),
+                partial(handle.decrypt_column, sealed, threads=threads),
             )
             if not opened.equals(records):
                 raise SystemExit("it does not give back what went in")
@@ -109,7 +110,7 @@ def main() -> None:
                 handle = fresh()
                 measure(
                     f"encrypt again, subjects as {kind}, threads: {threads}", rows, calls,
-                    lambda h=handle, g=given, t=threads: h.encrypt_column(records, subjects=g, threads=t),
+                    partial(handle.encrypt_column, records, subjects=given, threads=threads),
                 )  # fmt: skip
     print(f"most memory at a time: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2:.1f} GiB")
 

@@ -42,6 +42,9 @@ class Idle:
     def check_peer(self, peer: Any) -> None:
         """Anyone."""
 
+    def check_caller(self, peer: Any) -> None:
+        """Anyone."""
+
     def refused(self, *_: Any) -> None:
         """Nobody is."""
 
@@ -76,9 +79,11 @@ def serve(transport: str, folder: Path) -> None:
     else:
         from openkcm.rpc import wire
         from openkcm.rpc.server import grpc_server
+        from openkcm.rpc.server.arrivals import Arrivals
 
         who = grpc_server.Identifier()
-        remote = grpc_server.make_server([grpc_server.unary_handlers(wire.SERVICE_NAME, idle, who)])
+        calls = grpc_server.unary_handlers(wire.SERVICE_NAME, idle, who, Arrivals())
+        remote = grpc_server.make_server([calls])
         port = grpc_server.listen(
             remote, "127.0.0.1:0", grpc_server.server_credentials(lambda: pem(server, ca))
         )

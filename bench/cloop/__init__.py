@@ -7,8 +7,9 @@ Its buffers are contiguous and reused, and each thread has its own; only the cal
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from contender import LARGEST, MIB, SIZES, Contender
 
@@ -23,7 +24,7 @@ class Buffers(NamedTuple):
 
     source: ctypes.Array[ctypes.c_char]
     target: ctypes.Array[ctypes.c_char]
-    count: int
+    records: int
 
 
 class _Loop(Contender):
@@ -53,18 +54,18 @@ class _Loop(Contender):
 
     def encrypt(self, records: Buffers) -> Buffers:
         self._call("encrypt", records)
-        return Buffers(records.target, records.source, records.count)
+        return Buffers(records.target, records.source, records.records)
 
     def decrypt(self, sealed: Buffers) -> Buffers:
         self._call("decrypt", sealed)
-        return Buffers(sealed.target, sealed.source, sealed.count)
+        return Buffers(sealed.target, sealed.source, sealed.records)
 
     def records(self, opened: Buffers) -> list[bytes]:
         whole = opened.source.raw
         return [whole[at : at + self.size] for at in range(0, len(whole), self.size)]
 
     def _call(self, direction: str, buffers: Buffers) -> None:
-        size, count = ctypes.c_size_t(self.size), ctypes.c_size_t(buffers.count)
+        size, count = ctypes.c_size_t(self.size), ctypes.c_size_t(buffers.records)
         call = self._library[f"cloop{self.way}_{direction}"]
         if call(buffers.source, size, count, *self.arguments, buffers.target) != 1:
             raise RuntimeError(f"the C loop could not {direction}")
@@ -75,8 +76,8 @@ class EvpKeyEach(_Loop):
 
     title = "C loop, EVP, a data key each"
     library = "evp"
-    arguments = (1,)
-    threads = (1, 2)
+    arguments: tuple[int, ...] = (1,)
+    threads: ClassVar[Sequence[int]] = (1, 2)
 
 
 class EvpLong(EvpKeyEach):
@@ -85,23 +86,23 @@ class EvpLong(EvpKeyEach):
     title = "C loop, EVP, 100,000 records, a data key each"
     most = 100_000
     most_bytes = 100_000 * HEADLINE
-    sizes = (HEADLINE,)
+    sizes: ClassVar[Sequence[int]] = (HEADLINE,)
 
 
 class EvpOneKey(EvpKeyEach):
     """One data key."""
 
     title = "C loop, EVP, one data key"
-    arguments = (0,)
+    arguments: tuple[int, ...] = (0,)
 
 
 class EvpBare(EvpKeyEach):
     """The most that this engine gives: AES-256-GCM under one key into reused buffers, no envelope."""
 
     title = "bare AES-256-GCM in C, EVP"
-    sizes = (HEADLINE, MIB, LARGEST)
-    threads = (1,)
-    arguments = ()
+    sizes: ClassVar[Sequence[int]] = (HEADLINE, MIB, LARGEST)
+    threads: ClassVar[Sequence[int]] = (1,)
+    arguments: tuple[int, ...] = ()
     way = "_bare"
     overhead = TAG
 
@@ -139,15 +140,15 @@ class NewerKeyEach(EvpKeyEach):
 
     title = "C loop, newer EVP, a data key each"
     library = "newer"
-    sizes = (HEADLINE, SIZES[-1])
-    threads = (1,)
+    sizes: ClassVar[Sequence[int]] = (HEADLINE, SIZES[-1])
+    threads: ClassVar[Sequence[int]] = (1,)
 
 
 class NewerOneKey(NewerKeyEach):
     """One data key."""
 
     title = "C loop, newer EVP, one data key"
-    arguments = (0,)
+    arguments: tuple[int, ...] = (0,)
 
 
 class NewerBare(EvpBare):

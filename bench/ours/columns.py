@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow
 
@@ -19,7 +19,7 @@ class KeyEach(OpenKCM):
     """A data key for every row. The threads are its own: the column is not cut."""
 
     title = "OpenKCM columns, a data key each"
-    threads = (1, 2)
+    threads: ClassVar[Sequence[int]] = (1, 2)
 
     def prepare(self, records: list[bytes]) -> pyarrow.Array:
         return pyarrow.array(records, pyarrow.binary())
@@ -44,7 +44,7 @@ class LongKeyEach(KeyEach):
     title = "OpenKCM columns of 100,000 rows, a data key each"
     most = 100_000
     most_bytes = 100_000 * HEADLINE
-    sizes = (HEADLINE,)
+    sizes: ClassVar[Sequence[int]] = (HEADLINE,)
 
 
 class OneKey(KeyEach):
@@ -58,8 +58,8 @@ class Reused(KeyEach):
     """Outputs go into buffers that are reused, so that the kernel need not hand out fresh pages."""
 
     title = "OpenKCM columns, a data key each, out="
-    sizes = (HEADLINE, MIB, LARGEST)
-    threads = (1,)
+    sizes: ClassVar[Sequence[int]] = (HEADLINE, MIB, LARGEST)
+    threads: ClassVar[Sequence[int]] = (1,)
 
     def ways(self, records: list[bytes], threads: int) -> dict[str, Callable[[], Any]]:
         column, service = self.prepare(records), self.service
@@ -76,7 +76,7 @@ class KeyEachEvp(KeyEach):
     """Held to OpenSSL's EVP, to set it beside the C loop on EVP whatever the default engine is."""
 
     title = "OpenKCM columns, a data key each, EVP"
-    sizes = (HEADLINE,)
+    sizes: ClassVar[Sequence[int]] = (HEADLINE,)
     environment = MappingProxyType({"OPENKCM_AES": "evp"})
 
 
@@ -84,5 +84,5 @@ class OneKeyEvp(OneKey):
     """The same with one data key."""
 
     title = "OpenKCM columns, one data key, EVP"
-    sizes = (HEADLINE,)
+    sizes: ClassVar[Sequence[int]] = (HEADLINE,)
     environment = MappingProxyType({"OPENKCM_AES": "evp"})

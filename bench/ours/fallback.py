@@ -8,7 +8,9 @@ associated data; it has no checks, no secret memory, no Gateway and no Core.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from types import MappingProxyType
+from typing import ClassVar
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
@@ -29,8 +31,8 @@ class KeyEach(lists.KeyEach):
     """``encrypt_many`` without the native layer."""
 
     title = "OpenKCM Python backend, a data key each"
-    sizes = SIZES
-    threads = (1,)
+    sizes: ClassVar[Sequence[int]] = SIZES
+    threads: ClassVar[Sequence[int]] = (1,)
     environment = MappingProxyType({"OPENKCM_BACKEND": "python"})
 
 
@@ -38,8 +40,8 @@ class OneKey(lists.OneKey):
     """The same with one data key."""
 
     title = "OpenKCM Python backend, one data key"
-    sizes = SIZES
-    threads = (1,)
+    sizes: ClassVar[Sequence[int]] = SIZES
+    threads: ClassVar[Sequence[int]] = (1,)
     environment = MappingProxyType({"OPENKCM_BACKEND": "python"})
 
 
@@ -49,7 +51,7 @@ class LoopKeyEach(Contender):
     title = "plain Python loop, a data key each"
     less = "a yardstick: no secret memory, no key management, no checks"
     package = "cryptography"
-    sizes = SIZES
+    sizes: ClassVar[Sequence[int]] = SIZES
 
     def __init__(self, size: int) -> None:
         super().__init__(size)

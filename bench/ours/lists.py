@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import MappingProxyType
+from typing import ClassVar
 
 from .base import ONE_KEY, OpenKCM
 
@@ -15,7 +17,7 @@ class KeyEach(OpenKCM):
     """The default: a data key for every record."""
 
     title = "OpenKCM lists, a data key each"
-    threads = (1, 2)
+    threads: ClassVar[Sequence[int]] = (1, 2)
 
     def encrypt(self, records: list[bytes]) -> list[bytes]:
         return self.service.encrypt_many(records)
@@ -35,8 +37,8 @@ class Subjects(KeyEach):
     """Records of 1,000 people, whose data keys are in the key store."""
 
     title = "OpenKCM lists, 1,000 subjects"
-    sizes = (HEADLINE,)
-    threads = (1,)
+    sizes: ClassVar[Sequence[int]] = (HEADLINE,)
+    threads: ClassVar[Sequence[int]] = (1,)
 
     def encrypt(self, records: list[bytes]) -> list[bytes]:
         subjects = [f"user-{number % SUBJECTS}" for number in range(len(records))]
@@ -47,7 +49,7 @@ class KeyEachEvp(KeyEach):
     """Held to OpenSSL's EVP, to set it beside the C loop on EVP whatever the default engine is."""
 
     title = "OpenKCM lists, a data key each, EVP"
-    sizes = (HEADLINE,)
+    sizes: ClassVar[Sequence[int]] = (HEADLINE,)
     environment = MappingProxyType({"OPENKCM_AES": "evp"})
 
 
@@ -55,5 +57,5 @@ class OneKeyEvp(OneKey):
     """The same with one data key."""
 
     title = "OpenKCM lists, one data key, EVP"
-    sizes = (HEADLINE,)
+    sizes: ClassVar[Sequence[int]] = (HEADLINE,)
     environment = MappingProxyType({"OPENKCM_AES": "evp"})

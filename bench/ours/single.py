@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 from contender import LARGEST, MIB, SIZES
 
@@ -21,7 +21,7 @@ class Strict(OpenKCM):
     title = "OpenKCM, a call a record, strict"
     most = CALLS
     most_bytes = MIB
-    sizes = (*SIZES, LARGEST)
+    sizes: ClassVar[Sequence[int]] = (*SIZES, LARGEST)
 
     def encrypt(self, records: list[bytes]) -> list[bytes]:
         call = self.service.encrypt
@@ -36,7 +36,7 @@ class Into(Strict):
     """Large records into buffers that are used again, so that the kernel need not hand out fresh pages."""
 
     title = "OpenKCM, a call a record, into a buffer"
-    sizes = (MIB, LARGEST)
+    sizes: ClassVar[Sequence[int]] = (MIB, LARGEST)
 
     def ways(self, records: list[bytes], threads: int) -> dict[str, Callable[[], Any]]:
         (record,) = records
