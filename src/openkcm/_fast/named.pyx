@@ -10,7 +10,7 @@ from libc.stdlib cimport free
 from libc.string cimport memset
 
 from .aead cimport BROKEN, DONE, REFUSED, SMALL, RecordCipher
-from .cells cimport FOUND, MISSING, Cells, find_cell, find_piece
+from .cells cimport FOUND, MISSING, Cells, find_cell, find_piece, piece_cell
 from .column cimport Refused, check_call, open_row, refuse, seal_row, settle, told
 from .gcm cimport Gcm, gcm_begin, gcm_end
 from .openssl cimport *
@@ -90,7 +90,7 @@ cdef int seal_blocks(RecordCipher cipher, Cells cells, Cells names, Run *run, Pl
                 mark = mark_of(table, names.pieces, names.firsts, other, at)
                 if mark != NULL and mark[0]:
                     take_known(&sought, at, <Py_ssize_t>mark[0] - 1)
-                elif find_cell(names.pieces, names.firsts, &other, at, &data, &size) == FOUND:
+                elif piece_cell(names.pieces + other, at - names.firsts[other], &data, &size) == FOUND:
                     seek(&sought, at, data, size)
                 else:
                     status = CHANGED

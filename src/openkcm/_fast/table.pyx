@@ -13,7 +13,7 @@ from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcmp
 
 from .aead cimport RecordCipher
-from .cells cimport CODES, FOUND, Cells, Piece, find_cell, find_piece
+from .cells cimport CODES, FOUND, Cells, Piece, find_cell, find_piece, piece_cell
 from .gcm cimport random_public
 from .places cimport okc_hash, okc_prefetch
 from .secret cimport internal_error, invalid_error
@@ -71,7 +71,7 @@ cdef class Table:
                         find_piece(names.firsts, &piece, at)
                         mark = mark_of(self, names.pieces, names.firsts, piece, at)
                         if mark == NULL or mark[0] == 0:
-                            status = find_cell(names.pieces, names.firsts, &piece, at, &data, &size)
+                            status = piece_cell(names.pieces + piece, at - names.firsts[piece], &data, &size)
                             if status != FOUND:
                                 break
                             seek(&sought, at, data, size)
@@ -190,9 +190,6 @@ cdef class Table:
         cdef uint64_t mask = <uint64_t>self.room * 2 - 1, slot
         cdef int number
         for number in range(sought.count):
-            # What is known already takes part with a hash of nothing, which is cheaper than to ask each time.
-            if sought.numbers[number] >= 0:
-                sought.data[number], sought.sizes[number] = NULL, 0
             sought.hashes[number] = okc_hash(sought.data[number], <size_t>sought.sizes[number], self.seed)
             okc_prefetch(self.slots + (sought.hashes[number] & mask))
         for number in range(sought.count):

@@ -171,15 +171,14 @@ def _pyarrow_part(pyarrow: Any, column: Any, name: str) -> Part:
     """As through the capsules, but its buffers tell their sizes, so that offsets past the end are noticed."""
     kind = column.type
     layout = _pyarrow_layouts(pyarrow).get(kind.id)
-    if layout is not None:
-        return _part(layout, len(column), column.offset, column.buffers(), (), None, column, name)
-    if isinstance(column, pyarrow.ExtensionArray):
-        return _pyarrow_part(pyarrow, column.storage, name)
-    if isinstance(column, pyarrow.DictionaryArray):
-        values, codes = _pyarrow_part(pyarrow, column.dictionary, name), column.indices
-        layout = _pyarrow_code(codes.type)
-        return _part(layout, len(codes), codes.offset, codes.buffers(), (), values, column, name)
-    layout = f"w:{kind.byte_width}" if pyarrow.types.is_fixed_size_binary(kind) else str(kind)
+    if layout is None:
+        if isinstance(column, pyarrow.ExtensionArray):
+            return _pyarrow_part(pyarrow, column.storage, name)
+        if isinstance(column, pyarrow.DictionaryArray):
+            values, codes = _pyarrow_part(pyarrow, column.dictionary, name), column.indices
+            layout = _pyarrow_code(codes.type)
+            return _part(layout, len(codes), codes.offset, codes.buffers(), (), values, column, name)
+        layout = f"w:{kind.byte_width}" if pyarrow.types.is_fixed_size_binary(kind) else str(kind)
     return _part(layout, len(column), column.offset, column.buffers(), (), None, column, name)
 
 
