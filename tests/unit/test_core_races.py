@@ -12,6 +12,7 @@ import pytest
 
 import openkcm
 from openkcm import crypto
+from openkcm.core.act import attempt
 from openkcm.core.keyring import Keyring, ServiceKey
 from openkcm.errors import (
     CoreUnavailable,
@@ -517,3 +518,19 @@ def test_no_reason_stands_in_the_way_of_a_kill(quiet: openkcm.Core, records: Ser
     quiet.kill("acme", reason=reason)  # type: ignore[arg-type]
     assert quiet.status("acme")[0].state is TenantState.DARK
     assert len(quiet.status("acme")[0].reason) <= 256
+
+
+def test_an_act_whose_keys_are_dropped_again_and_again_is_to_be_tried_later(core: openkcm.Core) -> None:
+    """As by thirty threads that rotate one service: the last time is told as the ones before would be."""
+
+    def act() -> None:
+        core._vault.ring.drop("acme")
+        raise SecretMemoryError("this key was wiped")
+
+    error = refused(lambda: attempt(core._vault, "acme", act), StoreUnavailable)
+    assert error.retryable  # type: ignore[attr-defined]
+
+    def starve() -> None:
+        raise SecretMemoryError("no memory can be locked")
+
+    refused(lambda: attempt(core._vault, "acme", starve), SecretMemoryError)

@@ -30,17 +30,16 @@ class Overtaken(StoreUnavailable):
 
 def attempt(vault: Vault, tenant: str, act: Callable[[], T], tries: int = _TRIES) -> T:
     """Carry an act out, from its start again where somebody else's change of the tenant overtook it."""
-    for left in reversed(range(tries)):
+    for _ in range(tries):
         epoch = vault.ring.epoch(tenant)
         try:
             return act()
         except Overtaken:
-            if not left:
-                break
+            continue
         except SecretMemoryError:
             # A key that was dropped meanwhile; else no memory can be locked.
             vault.check_open()
-            if not left or vault.ring.epoch(tenant) == epoch:
+            if vault.ring.epoch(tenant) == epoch:
                 raise
     raise StoreUnavailable(OVERTAKEN)
 
