@@ -41,19 +41,20 @@ class Column:
     @property
     def offsets(self) -> memoryview:
         """n + 1 offsets into ``data``: 32-bit integers ("i") or 64-bit ones ("q")."""
-        return self._views()[0]
+        return self.views()[0]
 
     @property
     def data(self) -> memoryview:
         """The rows, one after the other."""
-        return self._views()[1]
+        return self.views()[1]
 
     @property
     def validity(self) -> memoryview | None:
         """A bit a row, least significant first, 0 for a null; None when there are no nulls."""
-        return self._views()[2]
+        return self.views()[2]
 
-    def _views(self) -> Views:
+    def views(self) -> Views:
+        """Offsets, data and validity."""
         views: Views = self._buffers
         if not _FREE_THREADED:
             return views
@@ -64,7 +65,7 @@ class Column:
     @property
     def nbytes(self) -> int:
         """The bytes of all its buffers."""
-        return sum(each.nbytes for each in self._views() if each is not None)
+        return sum(each.nbytes for each in self.views() if each is not None)
 
     @property
     def large(self) -> bool:
@@ -87,7 +88,7 @@ class Column:
         """One row as bytes (or str), None for a null; a slice is a list of such."""
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
-        offsets, data, validity = self._views()
+        offsets, data, validity = self.views()
         count = len(offsets) - 1
         at = index + count if index < 0 else index
         if not 0 <= at < count:
@@ -113,7 +114,7 @@ class Column:
 
     def __arrow_c_array__(self, requested_schema: object = None) -> tuple[object, object]:
         """The Arrow schema and array, in PyCapsules; nothing is copied, and another schema is not made."""
-        offsets, data, validity = self._views()
+        offsets, data, validity = self.views()
         return self.__arrow_c_schema__(), export_array(len(self), self.null_count, validity, offsets, data)
 
 

@@ -200,9 +200,10 @@ def _pyarrow_layouts(pyarrow: Any) -> Mapping[int, str]:
 def _to_pyarrow(column: Column) -> Any:
     pyarrow = sys.modules["pyarrow"]
     kind = ("large_" if column.large else "") + ("string" if column.text else "binary")
-    wrap, validity = pyarrow.py_buffer, column.validity
-    buffers = [None if validity is None else wrap(validity), wrap(column.offsets), wrap(column.data)]
-    return pyarrow.Array.from_buffers(getattr(pyarrow, kind)(), len(column), buffers, column.null_count)
+    offsets, data, validity = column.views()
+    wrap = pyarrow.py_buffer
+    buffers = [None if validity is None else wrap(validity), wrap(offsets), wrap(data)]
+    return pyarrow.Array.from_buffers(getattr(pyarrow, kind)(), len(offsets) - 1, buffers, column.null_count)
 
 
 # ---- plain buffers ---------------------------------------------------------------------------------------
